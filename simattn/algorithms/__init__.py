@@ -1,0 +1,24 @@
+"""The registry: one table of algorithms, which drives the exports, the command line, the docs and the tests."""
+
+from __future__ import annotations
+
+from simattn.algorithms import flash2
+from simattn.algorithms.algorithm import Algorithm
+
+ALGORITHMS: dict[str, Algorithm] = {
+    module.ALGORITHM.name: module.ALGORITHM for module in (flash2,)
+}
+"""Every algorithm, by name."""
+
+
+def get_algorithm(name: str) -> Algorithm:
+    """Return an algorithm by name.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm={name!r} is unknown; expected one of {list(ALGORITHMS)}")
+    return ALGORITHMS[name]

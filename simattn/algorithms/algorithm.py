@@ -1,0 +1,80 @@
+"""What the registry holds about each algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from simattn.hardware import Hardware
+from simattn.machine import Machine
+from simattn.plan import Direction, Plan, PlanKind, PlanT, Tiles
+from simattn.problem import AttentionProblem
+from simattn.traffic import Traffic
+
+Program = Callable[[Machine, AttentionProblem, Any], None]
+ClosedForm = Callable[[AttentionProblem, Any], Traffic]
+
+
+def declare_output_and_lse(machine: Machine, problem: AttentionProblem, plan: Plan) -> None:
+    """Declare the output and its log-sum-exp, all that most algorithms save."""
+    machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="saved")
+    machine.array("lse", problem.q_len, 1, role="saved")
+
+
+def _no_defaults(problem: AttentionProblem, kind: PlanKind) -> dict[str, Any]:
+    return {}
+
+
+def _already_complete(problem: AttentionProblem, plan: PlanT, sram_bytes: int) -> PlanT:
+    return plan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Algorithm:
+    """One algorithm: its tiled programs, closed forms and plans.
+
+    Attributes
+    ----------
+    name, title
+        Name in calls, and in print.
+    source
+        Paper and place of the definition.
+    summary
+        One sentence.
+    plan_class
+        Its plan type.
+    programs, closed_forms
+        By direction.
+    paper_tiles
+        The paper's tile formula: (problem, M in elements, direction) → tiles.
+    fit_tiles
+        A family of tiles that grows with an integer, of which plan="fit" takes the largest that fits.
+    gpu_tiles
+        Tiles to try on a GPU, best first: (problem, hardware, direction) → tiles.
+    declare_saved
+        Declares, besides q, k and v, the arrays that the forward pass leaves for the backward pass.
+    plan_defaults
+        Plan fields that differ from the class's defaults: (problem, kind of plan) → fields.
+    complete_plan
+        Settles what depends on the tiles: (problem, plan, SRAM bytes) → plan.
+    """
+
+    name: str
+    title: str
+    source: str
+    summary: str
+    plan_class: type[Plan]
+    programs: Mapping[Direction, Program]
+    closed_forms: Mapping[Direction, ClosedForm]
+    paper_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
+    fit_tiles: Callable[[AttentionProblem, int], Tiles]
+    gpu_tiles: Callable[[AttentionProblem, Hardware, Direction], list[Tiles]]
+    declare_saved: Callable[[Machine, AttentionProblem, Plan], None] = declare_output_and_lse
+    plan_defaults: Callable[[AttentionProblem, PlanKind], dict[str, Any]] = _no_defaults
+    complete_plan: Callable[[AttentionProblem, Any, int], Any] = _already_complete
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Directions that the algorithm has a program for."""
+        return tuple(self.programs)

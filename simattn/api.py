@@ -1,0 +1,517 @@
+"""The calls: run, run_backward, count, profile, closed_form, default_plan."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from simattn.algorithms import get_algorithm
+from simattn.algorithms.algorithm import Algorithm
+from simattn.arithmetic.floating import FloatArithmetic, get_arithmetic
+from simattn.arithmetic.formats import FLOAT8, storage_name
+from simattn.hardware import Hardware
+from simattn.machine import Array, Machine, Operations
+from simattn.masks import BlockMask
+from simattn.plan import Direction, Plan, PlanKind
+from simattn.planning import Capacity, declare_inputs, make_plan
+from simattn.problem import AttentionProblem, Window
+from simattn.tables import byte_text
+from simattn.traffic import Traffic
+
+Values = npt.NDArray[Any]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Run:
+    """What a program moved, used and, when it was simulated, computed. Its repr is a table.
+
+    Attributes
+    ----------
+    algorithm, direction
+        What ran.
+    problem, plan
+        On which problem and by which plan.
+    traffic
+        Bytes moved.
+    operations
+        Arithmetic operations done.
+    peak_sram_bytes, peak_register_bytes
+        Most on-chip memory that the tiles of one thread block took.
+    hbm_bytes_by_role
+        Bytes of the arrays in device memory: "input", "output", "saved" for the backward pass and "workspace".
+    out, lse
+        Output (batch, q_len, heads, value_dim) and natural log-sum-exp (batch, heads, q_len) of a simulated forward
+        pass, else None.
+    dq, dk, dv
+        Gradients, shaped like their inputs, of a simulated backward pass, else None.
+    """
+
+    algorithm: str
+    direction: Direction
+    problem: AttentionProblem
+    plan: Plan
+    traffic: Traffic
+    operations: Operations
+    peak_sram_bytes: int
+    peak_register_bytes: int
+    hbm_bytes_by_role: dict[str, int]
+    out: Values | None = None
+    lse: Values | None = None
+    dq: Values | None = None
+    dk: Values | None = None
+    dv: Values | None = None
+
+    @property
+    def peak_hbm_bytes(self) -> int:
+        """Bytes of all arrays in device memory."""
+        return sum(self.hbm_bytes_by_role.values())
+
+    def __repr__(self) -> str:
+        tiles = self.plan.tiles
+        depth = "" if tiles.depth is None else f" × {tiles.depth} columns"
+        return "\n".join(
+            [
+                f"{self.algorithm} {self.direction}: tiles of {tiles.q} query × {tiles.kv} key rows{depth}",
+                f"peak SRAM {byte_text(self.peak_sram_bytes)}, registers {byte_text(self.peak_register_bytes)} "
+                f"per thread block; arrays in HBM {byte_text(self.peak_hbm_bytes)}",
+                f"matmul FLOPs {self.operations.matmul_flops:,}; other FLOPs {self.operations.vector_flops:,}; "
+                f"exponentials {self.operations.exponentials:,}",
+                repr(self.traffic),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A program to count: the checked arguments of the calls below."""
+
+    spec: Algorithm
+    direction: Direction
+    problem: AttentionProblem
+    plan: Plan
+    capacity: Capacity
+
+
+def _request(
+    algorithm: str,
+    *,
+    q_len: int,
+    batch: int = 1,
+    heads: int = 1,
+    kv_heads: int | None = None,
+    kv_len: int | None = None,
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    dtype: str = "bfloat16",
+    scale: float | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    block_mask: BlockMask | None = None,
+    direction: Direction = "forward",
+    plan: Plan | PlanKind | None = None,
+    hardware: str | Hardware | None = None,
+    sram_bytes: int | None = None,
+    **options: Any,
+) -> _Request:
+    problem = AttentionProblem(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=dtype,
+        scale=scale,
+        causal=causal,
+        window=window,
+        block_mask=block_mask,
+    )
+    spec = checked_algorithm(algorithm, direction, problem)
+    made, capacity = make_plan(
+        spec, problem, direction, plan=plan, hardware=hardware, sram_bytes=sram_bytes, options=options
+    )
+    return _Request(spec, direction, problem, made, capacity)
+
+
+def _takes_the_arguments_of_a_request(function: Callable[P, R]) -> Callable[P, R]:
+    """Show the arguments of :func:`_request` as the signature of a function that passes them on."""
+    result = inspect.signature(function).return_annotation
+    function.__signature__ = inspect.signature(_request).replace(return_annotation=result)  # type: ignore[attr-defined]
+    return function
+
+
+def checked_algorithm(algorithm: str, direction: str, problem: AttentionProblem) -> Algorithm:
+    """Return the algorithm, if it has the direction for this problem.
+
+    Raises
+    ------
+    ValueError
+        If the algorithm is unknown, lacks the direction, or the storage format has no backward pass.
+    """
+    spec = get_algorithm(algorithm)
+    if direction not in spec.programs:
+        raise ValueError(f"direction={direction!r}: {algorithm} has {spec.directions}")
+    if direction == "backward" and problem.is_float8:
+        raise ValueError(
+            f"direction='backward' with dtype={problem.dtype!r}: eight-bit storage is forward only; "
+            "expected float32, float16 or bfloat16"
+        )
+    return spec
+
+
+def _finished(request: _Request, machine: Machine, **numbers: Values) -> Run:
+    return Run(
+        algorithm=request.spec.name,
+        direction=request.direction,
+        problem=request.problem,
+        plan=request.plan,
+        traffic=machine.traffic,
+        operations=machine.operations,
+        peak_sram_bytes=machine.peak_bytes["sram"],
+        peak_register_bytes=machine.peak_bytes["registers"],
+        hbm_bytes_by_role=machine.hbm_bytes_by_role,
+        **numbers,
+    )
+
+
+def _machine(request: _Request, arithmetic: FloatArithmetic | None = None) -> Machine:
+    if not request.plan.enforce_capacity:
+        return Machine(request.problem, arithmetic=arithmetic)
+    capacity = request.capacity
+    return Machine(request.problem, capacity.sram_bytes, capacity.register_bytes, arithmetic)
+
+
+@_takes_the_arguments_of_a_request
+def profile(algorithm: str, **arguments: Any) -> Run:
+    """Count a program without computing: its traffic, operations, residency and memory.
+
+    Parameters
+    ----------
+    algorithm
+        A name in :data:`simattn.ALGORITHMS`.
+    q_len, batch, heads, kv_heads, kv_len, head_dim, value_dim, dtype, scale, causal, window, block_mask
+        The problem; see :class:`simattn.AttentionProblem`.
+    direction
+        "forward", or "backward" without its forward pass.
+    plan
+        A plan of the algorithm; "gpu" (the kernels' tiles, accumulators in registers), "fit" (the largest tiles that
+        fit, all in SRAM) or "paper" (the paper's formula, all in SRAM, its excess reported and not refused). Default
+        "fit" if ``sram_bytes`` is given, else "gpu".
+    hardware
+        Name or row of a GPU; default H100-SXM.
+    sram_bytes
+        SRAM of one thread block in place of the GPU's; the papers' M, in bytes.
+    **options
+        Fields of the algorithm's plan, such as ``tiles=(64, 128)`` or ``dq="deterministic"``.
+
+    Returns
+    -------
+    Run
+        Without numbers.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is unknown or out of range; the message names it, its value and what was expected.
+    """
+    request = _request(algorithm, **arguments)
+    machine = _machine(request)
+    declare_inputs(machine, request.spec, request.problem, request.direction, request.plan)
+    request.spec.programs[request.direction](machine, request.problem, request.plan)
+    return _finished(request, machine)
+
+
+@_takes_the_arguments_of_a_request
+def count(algorithm: str, **arguments: Any) -> Traffic:
+    """Count the bytes a program moves; the arguments are those of :func:`profile`.
+
+    The cost does not depend on the sequence lengths; with a block mask it is linear in the stored blocks.
+
+    Examples
+    --------
+    >>> traffic = count("flash2", heads=32, kv_heads=8, q_len=1 << 20, head_dim=128, causal=True)
+    >>> traffic.by_array["q"].hbm_read_bytes == 32 * 2**20 * 128 * 2
+    True
+    """
+    return profile(algorithm, **arguments).traffic
+
+
+@_takes_the_arguments_of_a_request
+def closed_form(algorithm: str, **arguments: Any) -> Traffic:
+    """Return what the algorithm's formula says about its memory traffic; the arguments are those of :func:`profile`.
+
+    It equals ``count(...).global_only()``: SRAM traffic has no formula.
+    """
+    request = _request(algorithm, **arguments)
+    return request.spec.closed_forms[request.direction](request.problem, request.plan)
+
+
+@_takes_the_arguments_of_a_request
+def default_plan(algorithm: str, **arguments: Any) -> Plan:
+    """Return the plan that the other calls use for the same arguments."""
+    return _request(algorithm, **arguments).plan
+
+
+def run(
+    algorithm: str,
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    block_mask: BlockMask | None = None,
+    q_descale: npt.ArrayLike | None = None,
+    k_descale: npt.ArrayLike | None = None,
+    v_descale: npt.ArrayLike | None = None,
+    arithmetic: str = "float32",
+    plan: Plan | PlanKind | None = None,
+    hardware: str | Hardware | None = None,
+    sram_bytes: int | None = None,
+    **options: Any,
+) -> Run:
+    """Run an attention program on the simulated machine.
+
+    Parameters
+    ----------
+    algorithm
+        A name in :data:`simattn.ALGORITHMS`.
+    q
+        Queries, shape (batch, q_len, heads, head_dim).
+    k
+        Keys, shape (batch, kv_len, kv_heads, head_dim).
+    v
+        Values, shape (batch, kv_len, kv_heads, value_dim).
+    scale, causal, window, block_mask
+        See :class:`simattn.AttentionProblem`. Causal masks align the ends of the sequences; with two queries on five
+        keys and five queries on two keys the visible elements are::
+
+            1 1 1 1 0        0 0
+            1 1 1 1 1        0 0
+                             0 0
+                             1 0
+                             1 1
+    q_descale, k_descale, v_descale
+        For eight-bit storage: factors of shape (batch, kv_heads), default 1.
+    arithmetic
+        "float32" (NumPy, outputs rounded to their storage format) or "float64" (the oracle, nothing rounded).
+    plan, hardware, sram_bytes, **options
+        As for :func:`profile`.
+
+    Returns
+    -------
+    Run
+        With ``out`` and ``lse``. A row that sees no key, or whose scores are all −inf, is 0 with LSE −inf.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is unknown or out of range; the message names it, its value and what was expected.
+    """
+    inputs = _Inputs.checked(q, k, v, {"q": q_descale, "k": k_descale, "v": v_descale})
+    request = _request(
+        algorithm,
+        **inputs.shape_arguments,
+        scale=scale,
+        causal=causal,
+        window=window,
+        block_mask=block_mask,
+        direction="forward",
+        plan=plan,
+        hardware=hardware,
+        sram_bytes=sram_bytes,
+        **options,
+    )
+    machine = _simulated(request, get_arithmetic(arithmetic), inputs.head_major(request.problem))
+    return _finished(request, machine, **_forward_numbers(machine))
+
+
+def run_backward(
+    algorithm: str,
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    dout: npt.ArrayLike,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    block_mask: BlockMask | None = None,
+    arithmetic: str = "float32",
+    plan: Plan | PlanKind | None = None,
+    hardware: str | Hardware | None = None,
+    sram_bytes: int | None = None,
+    **options: Any,
+) -> Run:
+    """Run a backward program on the simulated machine; the forward pass it needs is run too, and not counted.
+
+    Parameters
+    ----------
+    algorithm, q, k, v, scale, causal, window, block_mask, arithmetic, plan, hardware, sram_bytes, **options
+        As for :func:`run`; a plan is the backward program's, its options apply to both where both have them.
+    dout
+        Gradient of the output, shape (batch, q_len, heads, value_dim), stored like q.
+
+    Returns
+    -------
+    Run
+        With ``dq``, ``dk`` and ``dv``; traffic, operations and residency of the backward program alone.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is unknown or out of range; the message names it, its value and what was expected.
+    """
+    inputs = _Inputs.checked(q, k, v, {}, dout)
+    shared = {
+        **inputs.shape_arguments,
+        "scale": scale,
+        "causal": causal,
+        "window": window,
+        "block_mask": block_mask,
+        "hardware": hardware,
+        "sram_bytes": sram_bytes,
+    }
+    request = _request(algorithm, **shared, direction="backward", plan=plan, **options)
+    kept = {name: value for name, value in options.items() if name != "tiles"}
+    kept |= {name: getattr(request.plan, name) for name in ("repeat_kv", "enforce_capacity", "accumulators")}
+    before = _request(
+        algorithm, **shared, direction="forward", plan=plan if isinstance(plan, str) else None, **kept
+    )
+    chosen, values = get_arithmetic(arithmetic), inputs.head_major(request.problem)
+    forward = _simulated(before, chosen, values)
+    machine = _simulated(request, chosen, values, forward)
+    return _finished(request, machine, **_backward_numbers(machine))
+
+
+def _simulated(
+    request: _Request,
+    arithmetic: FloatArithmetic,
+    values: Mapping[str, Values],
+    forward: Machine | None = None,
+) -> Machine:
+    machine = _machine(request, arithmetic)
+    declare_inputs(machine, request.spec, request.problem, request.direction, request.plan, values)
+    if forward is not None:
+        for array in machine.arrays.values():
+            if array.role == "saved":
+                array.values = forward.arrays[array.name].values
+    with np.errstate(all="ignore"):  # NaN and Inf are propagated as IEEE says, not reported
+        request.spec.programs[request.direction](machine, request.problem, request.plan)
+    return machine
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Checked input arrays, (batch, length, heads, columns), by name."""
+
+    arrays: dict[str, Values]
+    descales: dict[str, npt.ArrayLike]
+
+    @classmethod
+    def checked(
+        cls,
+        q: npt.ArrayLike,
+        k: npt.ArrayLike,
+        v: npt.ArrayLike,
+        descales: Mapping[str, npt.ArrayLike | None],
+        dout: npt.ArrayLike | None = None,
+    ) -> _Inputs:
+        arrays = {"q": np.asarray(q), "k": np.asarray(k), "v": np.asarray(v)}
+        if dout is not None:
+            arrays["dout"] = np.asarray(dout)
+        for name, array in arrays.items():
+            if array.ndim != 4:
+                raise ValueError(
+                    f"{name} has shape {array.shape}: expected 4 dimensions (batch, length, heads, columns)"
+                )
+            try:
+                storage_name(array.dtype)
+            except ValueError as error:
+                raise TypeError(f"{name}: {error}") from None
+            if array.dtype != arrays["q"].dtype:
+                raise TypeError(f"{name} has dtype {array.dtype}: expected {arrays['q'].dtype}, as q has")
+        expected = {
+            "k": (arrays["q"].shape[0], arrays["k"].shape[1], arrays["k"].shape[2], arrays["q"].shape[3]),
+            "v": (*arrays["k"].shape[:3], arrays["v"].shape[3]),
+            "dout": (*arrays["q"].shape[:3], arrays["v"].shape[3]),
+        }
+        for name, shape in expected.items():
+            if name in arrays and arrays[name].shape != shape:
+                raise ValueError(
+                    f"{name} has shape {arrays[name].shape}: expected {shape} for q of shape "
+                    f"{arrays['q'].shape} and k of shape {arrays['k'].shape}"
+                )
+        given = {name: value for name, value in descales.items() if value is not None}
+        if given and storage_name(arrays["q"].dtype) not in FLOAT8:
+            raise ValueError(
+                f"{next(iter(given))}_descale is given for dtype {arrays['q'].dtype}: expected eight-bit inputs"
+            )
+        return cls(arrays, given)
+
+    @property
+    def shape_arguments(self) -> dict[str, Any]:
+        """The arguments of a problem that follow from the arrays."""
+        q, k, v = (self.arrays[name] for name in "qkv")
+        return {
+            "batch": q.shape[0],
+            "heads": q.shape[2],
+            "kv_heads": k.shape[2],
+            "q_len": q.shape[1],
+            "kv_len": k.shape[1],
+            "head_dim": q.shape[3],
+            "value_dim": v.shape[3],
+            "dtype": storage_name(q.dtype),
+        }
+
+    def head_major(self, problem: AttentionProblem) -> dict[str, Values]:
+        """Return the arrays as (batch · kv_heads, group or 1, length, columns)."""
+        streams = problem.batch * problem.kv_heads
+        values = {}
+        for name, array in self.arrays.items():
+            group = array.shape[2] // problem.kv_heads
+            moved = np.ascontiguousarray(np.moveaxis(array, 2, 1))
+            values[name] = moved.reshape(streams, group, array.shape[1], array.shape[3])
+        if problem.is_float8:
+            for name in "qkv":
+                values[f"{name}_descale"] = self._descale(name, problem)
+        return values
+
+    def _descale(self, name: str, problem: AttentionProblem) -> Values:
+        shape = (problem.batch, problem.kv_heads)
+        factors = np.asarray(self.descales.get(name, np.ones(shape, np.float32)))
+        if factors.shape != shape or factors.dtype != np.float32:
+            raise ValueError(
+                f"{name}_descale has shape {factors.shape} and dtype {factors.dtype}: "
+                f"expected float32 of shape {shape}, (batch, kv_heads)"
+            )
+        return factors.reshape(-1, 1, 1, 1)
+
+
+def _head_minor(array: Array, problem: AttentionProblem) -> Values:
+    """Return an array's values as (batch, length, heads, columns)."""
+    assert array.values is not None
+    values = array.values.reshape(problem.batch, -1, array.rows, array.columns)
+    return np.ascontiguousarray(np.moveaxis(values, 1, 2))
+
+
+def _forward_numbers(machine: Machine) -> dict[str, Values]:
+    problem, lse = machine.problem, machine.arrays["lse"].values
+    assert lse is not None
+    return {
+        "out": _head_minor(machine.arrays["out"], problem),
+        "lse": lse.reshape(problem.batch, problem.heads, problem.q_len),
+    }
+
+
+def _backward_numbers(machine: Machine) -> dict[str, Values]:
+    return {name: _head_minor(machine.arrays[name], machine.problem) for name in ("dq", "dk", "dv")}

@@ -1,0 +1,1 @@
+"""How numbers are stored and how the simulated machine computes with them."""

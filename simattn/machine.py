@@ -1,0 +1,888 @@
+"""The machine that runs a tiled program: memory arrays, on-chip tiles with a capacity, byte counters.
+
+One program text runs in two modes. *Counting* (no arithmetic) enters every loop once for each size of tile and
+multiplies by how often that tile occurs, so its cost does not depend on the sequence length. *Simulating* walks
+the tiles, evaluates independent thread blocks stacked, and charges each block by itself; it returns the numbers
+and the same bytes.
+
+What is charged
+---------------
+- ``load``, ``store`` and ``reduce`` charge the in-bounds bytes of the tile to the array.
+- A copy into an SRAM tile writes it, a copy out of one reads it.
+- Every operation reads each of its SRAM operands once and writes its SRAM result once. Registers are free.
+- Masks are computed from indices and cost nothing; block masks decide which tiles are visited.
+- A tile occupies its unclipped size, as a statically sized buffer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from simattn.arithmetic.floating import FloatArithmetic, HiddenElements
+from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype
+from simattn.masks import Rows, VisibleRows, all_rows
+from simattn.problem import AttentionProblem
+from simattn.tables import byte_text
+from simattn.traffic import COUNTERS, ArrayTraffic, Traffic
+
+Values = npt.NDArray[Any]
+Place = Literal["sram", "registers"]
+Heads = Literal["query", "kv"]
+Role = Literal["input", "output", "saved", "workspace"]
+
+STACKED_ELEMENTS = 1 << 18
+"""Elements of a simulated tile stack: about what a core's cache holds, so memory stays independent of the length."""
+
+
+class CapacityError(ValueError):
+    """The tiles of a plan do not fit the on-chip memory."""
+
+
+@dataclass(eq=False)
+class Array:
+    """An array in device memory.
+
+    Attributes
+    ----------
+    name
+        Name in the traffic table.
+    heads
+        Whether there is one matrix per query head or one per KV head.
+    rows, columns
+        Shape of each matrix.
+    dtype
+        Storage format.
+    role
+        "input", "output", "saved" for the backward pass, or "workspace".
+    values
+        Shape (batch · kv_heads, group or 1, rows, columns) when simulating, else None.
+    """
+
+    name: str
+    heads: Heads
+    rows: int
+    columns: int
+    dtype: str
+    role: Role
+    values: Values | None = None
+
+
+@dataclass(eq=False)
+class Tile:
+    """An on-chip tile of one thread block, its values stacked over the blocks simulated together.
+
+    Attributes
+    ----------
+    name
+        Name in the traffic table and in capacity errors.
+    place
+        "sram" or "registers".
+    rows, columns
+        Shape, clipped at the ends of the arrays.
+    item_bytes
+        Bytes of one element.
+    capacity_rows, capacity_columns
+        Shape of its buffer, not clipped.
+    stages
+        Buffers it has in a pipeline.
+    level
+        Loop depth at which it was made.
+    values
+        Shape (streams, stack, group, rows, columns) when simulating, else None.
+    borrowed
+        Whether ``values`` is a view of an array, to be copied before an update in place.
+    """
+
+    name: str
+    place: Place
+    rows: int
+    columns: int
+    item_bytes: int
+    capacity_rows: int
+    capacity_columns: int
+    stages: int
+    level: int
+    values: Values | None = None
+    borrowed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the clipped tile."""
+        return self.rows * self.columns * self.item_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes it occupies: its unclipped buffers, one for each pipeline stage."""
+        return self.capacity_rows * self.capacity_columns * self.item_bytes * self.stages
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Arithmetic operations of a program.
+
+    Attributes
+    ----------
+    matmul_flops
+        Additions and multiplications inside matrix products, on visited tiles.
+    vector_flops
+        Elementwise and reduction operations outside them.
+    exponentials
+        Exponential and logarithm evaluations.
+    """
+
+    matmul_flops: int = 0
+    vector_flops: int = 0
+    exponentials: int = 0
+
+
+@dataclass
+class _State:
+    """Where in the loops the program stands."""
+
+    streams: tuple[int, int]
+    executions: int
+    heads: Heads = "query"
+    level: int = 0
+    group: int | None = None
+    stack: Rows | None = None
+    stack_level: int = 0
+    selection: slice | npt.NDArray[np.intp] | None = None
+    selection_level: int = 0
+
+
+@dataclass
+class Machine:
+    """Runs one tiled program.
+
+    Parameters
+    ----------
+    problem
+        The attention problem.
+    sram_bytes, register_bytes
+        Capacity of each place, per thread block; None is unlimited.
+    arithmetic
+        How to compute; None only counts.
+    """
+
+    problem: AttentionProblem
+    sram_bytes: int | None = None
+    register_bytes: int | None = None
+    arithmetic: FloatArithmetic | None = None
+    arrays: dict[str, Array] = field(default_factory=dict)
+    peak_bytes: dict[Place, int] = field(default_factory=lambda: {"sram": 0, "registers": 0})
+
+    def __post_init__(self) -> None:
+        self._counters: dict[str, dict[str, int]] = {}
+        self._operations = {"matmul_flops": 0, "vector_flops": 0, "exponentials": 0}
+        self._live: list[Tile] = []
+        self._state = _State(streams=(0, self.problem.batch * self.problem.kv_heads), executions=0)
+
+    # What was counted
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes moved so far."""
+        return Traffic({name: ArrayTraffic(**counts) for name, counts in self._counters.items()})
+
+    @property
+    def operations(self) -> Operations:
+        """Operations done so far."""
+        return Operations(**self._operations)
+
+    @property
+    def hbm_bytes_by_role(self) -> dict[str, int]:
+        """Bytes of the declared memory arrays, by role."""
+        total: dict[str, int] = {}
+        for array in self.arrays.values():
+            matrices = self.problem.batch * self._heads_of(array.heads)
+            size = matrices * array.rows * array.columns * ITEM_BYTES[array.dtype]
+            total[array.role] = total.get(array.role, 0) + size
+        return total
+
+    # Memory arrays
+
+    def array(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        *,
+        dtype: str = "float32",
+        heads: Heads = "query",
+        role: Role = "workspace",
+        values: Values | None = None,
+    ) -> Array:
+        """Declare an array in device memory; when simulating it starts as NaN unless ``values`` are given."""
+        if self.arithmetic is not None and values is None:
+            streams, group = self.problem.batch * self.problem.kv_heads, self._group_of(heads)
+            stored = numpy_dtype(dtype) if self.arithmetic.rounds_to_storage else self.arithmetic.dtype
+            values = np.full((streams, group, rows, columns), np.nan, dtype=stored)
+        made = Array(name, heads, rows, columns, dtype, role, values)
+        self.arrays[name] = made
+        return made
+
+    def _heads_of(self, heads: Heads) -> int:
+        return self.problem.heads if heads == "query" else self.problem.kv_heads
+
+    def _group_of(self, heads: Heads) -> int:
+        return self.problem.group_size if heads == "query" else 1
+
+    # Loops
+
+    def thread_blocks(
+        self, length: int | None = None, tile: int = 1, *, per: Heads = "query", width: int = 1
+    ) -> Iterator[Rows]:
+        """Run a thread block for every head, and for every tile of an axis if ``length`` is given.
+
+        Yields
+        ------
+        Rows
+            Tiles of equal size whose blocks run at once.
+
+        Parameters
+        ----------
+        length, tile
+            The axis and its tile; None for one block per head.
+        per
+            A block for every query head or for every KV head.
+        width
+            Columns of the widest tile of the block, which bounds how many blocks are simulated together.
+        """
+        whole = (Rows(1, 1, 0, 1),) if length is None else all_rows(length, tile)
+        for rows in whole:
+            for streams, part in self._stacks(rows, per, width):
+                executions = (streams[1] - streams[0]) * self._group_of(per) * part.count
+                if executions:
+                    with self._loop(
+                        streams=streams,
+                        executions=executions,
+                        heads=per,
+                        group=None,
+                        stack=part,
+                        stack_level=self._state.level + 1,
+                        selection=None,
+                    ):
+                        yield part
+
+    def tiles(
+        self, span: int | VisibleRows, tile: int, *, independent: bool = False, width: int = 1
+    ) -> Iterator[Rows]:
+        """Walk the tiles of an axis in ascending order inside a thread block.
+
+        Parameters
+        ----------
+        span
+            The length of the axis, or the part of it that is visible to the rows of an enclosing loop.
+        tile
+            Rows of a tile.
+        independent
+            Whether the iterations touch no common data, so that they may be simulated together.
+        width
+            As for :meth:`thread_blocks`.
+        """
+        if isinstance(span, VisibleRows):
+            if self.arithmetic is None:
+                yield from self._count_visible(span, tile)
+            elif self._state.stack is span.seen_by:
+                yield from self._walk_selected(span, tile)
+            else:
+                yield from self._walk_visible(span, tile, independent, width)
+        else:
+            for rows in all_rows(span, tile):
+                if self.arithmetic is None:
+                    with self._loop(executions=self._state.executions * rows.count):
+                        yield rows
+                else:
+                    for index in range(rows.first, rows.first + rows.count):
+                        with self._loop():
+                            yield Rows(span, tile, index, 1)
+
+    def group_heads(self) -> Iterator[int]:
+        """Walk the query heads of the block's KV head; a block of one query head has just its own."""
+        if self._state.heads == "query":
+            yield 0
+        elif self.arithmetic is None:
+            with self._loop(executions=self._state.executions * self.problem.group_size):
+                yield 0
+        else:
+            for head in range(self.problem.group_size):
+                with self._loop(group=head):
+                    yield head
+
+    @contextmanager
+    def _loop(self, **changes: Any) -> Iterator[None]:
+        before, live = self._state, len(self._live)
+        self._state = _State(**{**vars(before), "level": before.level + 1, **changes})
+        try:
+            yield
+        finally:
+            self._state = before
+            del self._live[live:]
+
+    def _stacks(self, rows: Rows, per: Heads, width: int) -> Iterator[tuple[tuple[int, int], Rows]]:
+        """Split streams and tiles into stacks of a bounded size; counting takes all at once."""
+        streams = self.problem.batch * self.problem.kv_heads
+        if self.arithmetic is None:
+            yield (0, streams), rows
+            return
+        elements = rows.tile * width * self._group_of(per)
+        tiles = min(rows.count, max(1, STACKED_ELEMENTS // elements))
+        together = max(1, STACKED_ELEMENTS // (elements * tiles)) if tiles == rows.count else 1
+        for first_stream in range(0, streams, together):
+            for first in range(rows.first, rows.first + rows.count, tiles):
+                count = min(tiles, rows.first + rows.count - first)
+                yield (
+                    (first_stream, min(streams, first_stream + together)),
+                    Rows(rows.length, rows.tile, first, count),
+                )
+
+    def _count_visible(self, span: VisibleRows, tile: int) -> Iterator[Rows]:
+        visibility, base = span.visibility, self._state.executions // span.seen_by.count
+        full, clipped = visibility.tile_visits(span.seen_by, tile)
+        last = visibility.columns // tile
+        for visits, first in ((full, 0), (clipped, last)):
+            if visits:
+                with self._loop(executions=base * visits):
+                    yield Rows(visibility.columns, tile, first, 1)
+
+    def _walk_selected(self, span: VisibleRows, tile: int) -> Iterator[Rows]:
+        """Walk tiles for a stack of blocks, each tile with the blocks that see it."""
+        rows, visibility = span.seen_by, span.visibility
+        base = self._state.executions // rows.count
+        ranges = [visibility.column_tiles(rows, rows.first + block, tile) for block in range(rows.count)]
+        lows, highs = np.array(ranges).T
+        for index in range(int(lows.min()), int(highs.max())):
+            seen = (lows <= index) & (index < highs)
+            if visibility.blocks is not None:
+                seen &= [
+                    visibility.tile_is_stored((rows.first + block) * rows.tile, index * tile)
+                    for block in range(rows.count)
+                ]
+            blocks = np.flatnonzero(seen)
+            if len(blocks):
+                with self._loop(
+                    executions=base * len(blocks),
+                    selection=_selection(blocks, rows.count),
+                    selection_level=self._state.level + 1,
+                ):
+                    yield Rows(visibility.columns, tile, index, 1)
+
+    def _walk_visible(self, span: VisibleRows, tile: int, independent: bool, width: int) -> Iterator[Rows]:
+        """Walk the tiles that one tile of an enclosing loop sees."""
+        rows, visibility = span.seen_by, span.visibility
+        low, high = visibility.column_tiles(rows, rows.first, tile)
+        seen = [i for i in range(low, high) if visibility.tile_is_stored(rows.first * rows.tile, i * tile)]
+        if not independent:
+            for index in seen:
+                with self._loop():
+                    yield Rows(visibility.columns, tile, index, 1)
+            return
+        most = max(1, STACKED_ELEMENTS // (tile * width))
+        for first, stop in _runs(seen):
+            for run in Rows(visibility.columns, tile, 0, 0).runs(first, stop):
+                for start in range(run.first, run.first + run.count, most):
+                    count = min(most, run.first + run.count - start)
+                    part = Rows(visibility.columns, tile, start, count)
+                    with self._loop(
+                        executions=self._state.executions * count,
+                        stack=part,
+                        stack_level=self._state.level + 1,
+                        selection=None,
+                    ):
+                        yield part
+
+    # Tiles
+
+    def allocate(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        *,
+        place: Place,
+        capacity: tuple[int, int] | None = None,
+        item_bytes: int = 4,
+        stages: int = 1,
+    ) -> Tile:
+        """Reserve room for a tile until the present loop iteration ends.
+
+        Parameters
+        ----------
+        name
+            Name of the tile.
+        rows, columns
+            Clipped shape.
+        place
+            "sram" or "registers".
+        capacity
+            Unclipped shape; default the clipped one.
+        item_bytes
+            Bytes of one element.
+        stages
+            Copies of the buffer in a pipeline.
+
+        Raises
+        ------
+        CapacityError
+            If the tiles of the place exceed its capacity; the message names them and their sizes.
+        """
+        whole = capacity or (rows, columns)
+        tile = Tile(name, place, rows, columns, item_bytes, *whole, stages, self._state.level)
+        self._live.append(tile)
+        used = sum(other.capacity_bytes for other in self._live if other.place == place)
+        limit = self.sram_bytes if place == "sram" else self.register_bytes
+        if limit is not None and used > limit:
+            held = ", ".join(
+                f"{other.name} {byte_text(other.capacity_bytes)}"
+                for other in self._live
+                if other.place == place
+            )
+            raise CapacityError(
+                f"the tiles in {place} take {used:,} bytes ({held}); expected at most {limit:,}: "
+                "choose smaller tiles, plan='fit' or more memory"
+            )
+        self.peak_bytes[place] = max(self.peak_bytes[place], used)
+        return tile
+
+    def full(self, name: str, rows: Rows | int, columns: Rows | int, value: float, *, place: Place) -> Tile:
+        """Make an fp32 tile filled with one value, one for every block of the stack."""
+        tile = self._tile_like(name, rows, columns, place)
+        self._charge_write(tile)
+        if self.arithmetic is not None:
+            stack = self._state.stack
+            blocks = np.arange(stack.count if stack is not None else 1)
+            if self._state.selection is not None:
+                blocks = blocks[self._state.selection]
+            streams = self._state.streams[1] - self._state.streams[0]
+            shape = (streams, len(blocks), self._group_of(self._state.heads), tile.rows, tile.columns)
+            tile.values = np.full(shape, value, dtype=self.arithmetic.dtype)
+        return tile
+
+    def load(
+        self,
+        array: Array,
+        rows: Rows | None = None,
+        columns: Rows | None = None,
+        *,
+        place: Place = "sram",
+        name: str | None = None,
+        stages: int = 1,
+    ) -> Tile:
+        """Copy a tile of an array on chip; None takes the whole axis."""
+        tile = self._tile_like(
+            name or array.name,
+            array.rows if rows is None else rows,
+            array.columns if columns is None else columns,
+            place,
+            item_bytes=ITEM_BYTES[array.dtype],
+            stages=stages,
+        )
+        self._charge_hbm(array.name, "hbm_read_bytes", tile.nbytes)
+        self._charge_write(tile)
+        if self.arithmetic is not None:
+            view = self._view(array, rows, columns)
+            if self._is_stacked(rows, columns):
+                tile.values = np.ascontiguousarray(view, dtype=self.arithmetic.dtype)
+            else:
+                tile.values = np.asarray(view, dtype=self.arithmetic.dtype)
+            tile.borrowed = np.may_share_memory(tile.values, view)
+        return tile
+
+    def store(self, tile: Tile, array: Array, rows: Rows | None = None, columns: Rows | None = None) -> None:
+        """Copy a tile to an array, rounding to its storage format."""
+        self._charge_read(tile)
+        self._charge_hbm(array.name, "hbm_write_bytes", self._stored_bytes(tile, array))
+        if self.arithmetic is not None:
+            self._assign(array, rows, columns, self._read(tile))
+
+    def reduce(self, tile: Tile, array: Array, rows: Rows | None = None, columns: Rows | None = None) -> None:
+        """Add a tile to an array in place, as a reduction sent to memory does."""
+        self._charge_read(tile)
+        self._charge_hbm(array.name, "hbm_reduce_bytes", self._stored_bytes(tile, array))
+        if self.arithmetic is not None:
+            view, values = self._view(array, rows, columns), self._read(tile)
+            if not self._is_stacked(rows, columns):
+                values = values.sum(axis=1, keepdims=True)
+            if array.heads == "kv":
+                values = values.sum(axis=2, keepdims=True)
+            self._assign(array, rows, columns, view + values)
+
+    def _stored_bytes(self, tile: Tile, array: Array) -> int:
+        return tile.rows * tile.columns * ITEM_BYTES[array.dtype]
+
+    def _tile_like(
+        self,
+        name: str,
+        rows: Rows | int,
+        columns: Rows | int,
+        place: Place,
+        *,
+        item_bytes: int = 4,
+        stages: int = 1,
+    ) -> Tile:
+        clipped = [axis.size if isinstance(axis, Rows) else axis for axis in (rows, columns)]
+        whole = [axis.tile if isinstance(axis, Rows) else axis for axis in (rows, columns)]
+        return self.allocate(
+            name,
+            clipped[0],
+            clipped[1],
+            place=place,
+            capacity=(whole[0], whole[1]),
+            item_bytes=item_bytes,
+            stages=stages,
+        )
+
+    def _row_vector(self, name: str, like: Tile) -> Tile:
+        return self.allocate(name, like.rows, 1, place="registers", capacity=(like.capacity_rows, 1))
+
+    def _is_stacked(self, rows: Rows | None, columns: Rows | None) -> bool:
+        stack = self._state.stack
+        return stack is not None and (rows is stack or columns is stack)
+
+    def _stacked_view(self, array: Array, rows: Rows | None, columns: Rows | None) -> Values:
+        """Return the array's elements of the present streams as (streams, stack, group, rows, columns)."""
+        assert array.values is not None
+        state = self._state
+        values = array.values[state.streams[0] : state.streams[1]]
+        if array.heads == "query" and state.group is not None:
+            values = values[:, state.group : state.group + 1]
+        if rows is not None:
+            values = values[:, :, rows.start : rows.stop]
+        if columns is not None:
+            values = values[..., columns.start : columns.stop]
+        streams, group, height, width = values.shape
+        if rows is not None and rows is state.stack:
+            return values.reshape(streams, group, rows.count, rows.size, width).transpose(0, 2, 1, 3, 4)
+        if columns is not None and columns is state.stack:
+            split = values.reshape(streams, group, height, columns.count, columns.size)
+            return split.transpose(0, 3, 1, 2, 4)
+        return values[:, None]
+
+    def _view(self, array: Array, rows: Rows | None, columns: Rows | None) -> Values:
+        view = self._stacked_view(array, rows, columns)
+        if self._state.selection is not None and self._is_stacked(rows, columns):
+            return view[:, self._state.selection]
+        return view
+
+    def _assign(self, array: Array, rows: Rows | None, columns: Rows | None, values: Values) -> None:
+        view = self._stacked_view(array, rows, columns)
+        if self._state.selection is not None and self._is_stacked(rows, columns):
+            view[:, self._state.selection] = values
+        else:
+            view[...] = values
+
+    def _is_selected(self, tile: Tile) -> bool:
+        state = self._state
+        return state.selection is not None and state.stack_level <= tile.level < state.selection_level
+
+    def _read(self, tile: Tile) -> Values:
+        assert tile.values is not None
+        return tile.values[:, self._state.selection] if self._is_selected(tile) else tile.values
+
+    def _update(self, tile: Tile, change: Callable[[Values], Values | None]) -> None:
+        """Change a tile's values of the present blocks, in place or by a returned replacement."""
+        assert tile.values is not None
+        if tile.borrowed:
+            tile.values, tile.borrowed = tile.values.copy(), False
+        if self._is_selected(tile):
+            part = tile.values[:, self._state.selection]
+            changed = change(part)
+            if changed is not None or isinstance(self._state.selection, np.ndarray):
+                tile.values[:, self._state.selection] = part if changed is None else changed
+        else:
+            changed = change(tile.values)
+            if changed is not None:
+                tile.values = changed
+
+    # Charges
+
+    def _charge(self, name: str, counter: str, nbytes: int) -> None:
+        counts = self._counters.get(name)
+        if counts is None:
+            counts = self._counters[name] = dict.fromkeys(COUNTERS, 0)
+        counts[counter] += nbytes * self._state.executions
+
+    def _charge_hbm(self, name: str, counter: str, nbytes: int) -> None:
+        self._charge(name, counter, nbytes)
+
+    def _charge_read(self, *tiles: Tile) -> None:
+        for tile in tiles:
+            if tile.place == "sram":
+                self._charge(tile.name, "sram_read_bytes", tile.nbytes)
+
+    def _charge_write(self, tile: Tile) -> None:
+        if tile.place == "sram":
+            self._charge(tile.name, "sram_write_bytes", tile.nbytes)
+
+    def _operate(
+        self, *, reads: tuple[Tile, ...] = (), writes: tuple[Tile, ...] = (), **operations: int
+    ) -> None:
+        self._charge_read(*reads)
+        for tile in writes:
+            self._charge_write(tile)
+        for name, count in operations.items():
+            self._operations[name] += count * self._state.executions
+
+    # Masks
+
+    def hidden_elements(self, query_rows: Rows, key_rows: Rows) -> HiddenElements:
+        """Return, for each block of the stack whose tile is partly masked, its hidden (query, key) elements."""
+        if self.arithmetic is None:
+            return {}
+        visibility, stack = self.problem.keys_of_queries, self._state.stack
+        stacked = stack is query_rows or stack is key_rows
+        members = np.arange(stack.count if stacked and stack is not None else 1)
+        if stacked and self._state.selection is not None:
+            members = members[self._state.selection]
+        hidden: dict[int, npt.NDArray[np.bool_]] = {}
+        for position, member in enumerate(members.tolist()):
+            query = query_rows.first + (member if stack is query_rows else 0)
+            keys = key_rows
+            if stack is key_rows:
+                keys = Rows(key_rows.length, key_rows.tile, key_rows.first + member, 1)
+            seen = visibility.elements(query_rows, query, keys)
+            stored = visibility.tile_is_stored(query * query_rows.tile, keys.start)
+            if not stored:
+                seen = np.zeros((query_rows.size, keys.size), dtype=np.bool_)
+            if seen is not None:
+                hidden[position] = ~seen
+        return hidden
+
+    def hide(self, tile: Tile, hidden: HiddenElements, value: float) -> None:
+        """Set the hidden elements of a (query, key) tile."""
+        if hidden:
+
+            def fill(values: Values) -> None:
+                for position, elements in hidden.items():
+                    np.copyto(values[:, position], value, where=elements)
+
+            self._update(tile, fill)
+
+    # Operations on tiles
+
+    def scores(
+        self,
+        q: Tile,
+        k: Tile,
+        *,
+        place: Place,
+        name: str = "scores",
+        descales: tuple[Tile, ...] = (),
+        into: Tile | None = None,
+    ) -> Tile:
+        """Return scale · q kᵀ, times the descale factors; ``into`` adds it to partial scores."""
+        tile = into or self.allocate(
+            name, q.rows, k.rows, place=place, capacity=(q.capacity_rows, k.capacity_rows)
+        )
+        self._operate(
+            reads=(q, k, *descales) if into is None else (q, k, into, *descales),
+            writes=(tile,),
+            matmul_flops=2 * q.rows * k.rows * q.columns,
+            vector_flops=q.rows * k.rows * (1 + len(descales)),
+        )
+        if self.arithmetic is not None:
+            values = self.arithmetic.scores(self._read(q), self._read(k), self.problem.scale)
+            for descale in descales:
+                values = values * self._read(descale)
+            self._set_product(tile, values, into)
+        return tile
+
+    def matmul(
+        self,
+        a: Tile,
+        b: Tile,
+        *,
+        place: Place,
+        name: str = "",
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        hidden: HiddenElements | None = None,
+        into: Tile | None = None,
+    ) -> Tile:
+        """Return a b, or add it to ``into``.
+
+        Parameters
+        ----------
+        a, b
+            The operands, transposed if asked.
+        place, name
+            Of the result.
+        hidden
+            The (query, key) elements that ``a`` hides: they contribute nothing even where ``b`` is NaN or Inf.
+        into
+            The tile to add to.
+        """
+        rows, contracted = (a.columns, a.rows) if transpose_a else (a.rows, a.columns)
+        columns = b.rows if transpose_b else b.columns
+        capacity = (
+            a.capacity_columns if transpose_a else a.capacity_rows,
+            b.capacity_rows if transpose_b else b.capacity_columns,
+        )
+        tile = into or self.allocate(name, rows, columns, place=place, capacity=capacity)
+        self._operate(
+            reads=(a, b) if into is None else (a, b, into),
+            writes=(tile,),
+            matmul_flops=2 * rows * columns * contracted,
+        )
+        if self.arithmetic is not None:
+            left, right = self._read(a), self._read(b)
+            if transpose_a:
+                left = left.swapaxes(-1, -2)
+                hidden = {position: elements.T for position, elements in (hidden or {}).items()}
+            if transpose_b:
+                right = right.swapaxes(-1, -2)
+            if hidden:
+                values = self.arithmetic.visible_matmul(left, right, hidden)
+            else:
+                values = self.arithmetic.matmul(left, right)
+            self._set_product(tile, values, into)
+        return tile
+
+    def _set_product(self, tile: Tile, values: Values, into: Tile | None) -> None:
+        if into is None:
+            tile.values = values
+        else:
+
+            def add(present: Values) -> Values | None:
+                if present.shape != np.broadcast_shapes(present.shape, values.shape):
+                    return present + values
+                np.add(present, values, out=present)
+                return None
+
+            self._update(tile, add)
+
+    def update_row_max(self, row_max: Tile, scores: Tile) -> Tile:
+        """Raise the running row maximum to the scores' and return exp(old − new), the correction factor."""
+        correction = self._row_vector("correction", row_max)
+        self._operate(
+            reads=(row_max, scores),
+            writes=(row_max,),
+            vector_flops=scores.rows * (scores.columns + 1),
+            exponentials=scores.rows,
+        )
+        if self.arithmetic is not None:
+            old = self._read(row_max)
+            new = self.arithmetic.row_maximum(old, self._read(scores))
+            correction.values = self.arithmetic.correction(old, new)
+            self._update(row_max, lambda _: new)
+        return correction
+
+    def exponential(self, scores: Tile, row_max: Tile) -> None:
+        """Replace the scores by exp(scores − row_max)."""
+        self._operate(
+            reads=(scores, row_max),
+            writes=(scores,),
+            vector_flops=scores.rows * scores.columns,
+            exponentials=scores.rows * scores.columns,
+        )
+        if self.arithmetic is not None:
+            arithmetic, values = self.arithmetic, self._read(row_max)
+            self._update(scores, lambda present: arithmetic.exponential(present, values))
+
+    def probabilities(self, scores: Tile, log_sum_exp: Tile) -> None:
+        """Replace the scores by exp(scores − log_sum_exp), their softmax."""
+        self._operate(
+            reads=(scores, log_sum_exp),
+            writes=(scores,),
+            vector_flops=scores.rows * scores.columns,
+            exponentials=scores.rows * scores.columns,
+        )
+        if self.arithmetic is not None:
+            arithmetic, values = self.arithmetic, self._read(log_sum_exp)
+            self._update(scores, lambda present: arithmetic.probabilities(present, values))
+
+    def update_row_sum(self, row_sum: Tile, values: Tile, *, correction: Tile | None = None) -> None:
+        """Add the sum of each row, after multiplying the running sum by the correction, if any."""
+        self._operate(
+            reads=(row_sum, values),
+            writes=(row_sum,),
+            vector_flops=values.rows * (values.columns + (0 if correction is None else 1)),
+        )
+        if self.arithmetic is not None:
+            added = self.arithmetic.row_sum(self._read(values))
+            factor = None if correction is None else self._read(correction)
+            self._update(row_sum, lambda old: (old if factor is None else old * factor) + added)
+
+    def rescale(self, tile: Tile, correction: Tile) -> None:
+        """Multiply each row by its factor."""
+        self._operate(reads=(tile, correction), writes=(tile,), vector_flops=tile.rows * tile.columns)
+        if self.arithmetic is not None:
+            factor = self._read(correction)
+            if not (factor == 1).all():
+                self._update(tile, lambda present: np.multiply(present, factor, out=present))
+
+    def normalise(self, tile: Tile, row_sum: Tile) -> None:
+        """Divide each row by its sum; rows that saw no score become 0."""
+        self._operate(reads=(tile, row_sum), writes=(tile,), vector_flops=tile.rows * tile.columns)
+        if self.arithmetic is not None:
+            arithmetic, sums = self.arithmetic, self._read(row_sum)
+            self._update(tile, lambda present: arithmetic.normalised(present, sums))
+
+    def scale(self, tile: Tile, factor: Tile | float) -> None:
+        """Multiply a tile by a number, or by a factor held on chip."""
+        reads = (tile, factor) if isinstance(factor, Tile) else (tile,)
+        self._operate(reads=reads, writes=(tile,), vector_flops=tile.rows * tile.columns)
+        if self.arithmetic is not None:
+            number = self._read(factor) if isinstance(factor, Tile) else self.arithmetic.dtype.type(factor)
+            self._update(tile, lambda present: present * number)
+
+    def log_sum_exp(self, row_max: Tile, row_sum: Tile, *, name: str = "lse") -> Tile:
+        """Return the log-sum-exp of each row, −inf where no score was seen."""
+        tile = self._row_vector(name, row_max)
+        self._operate(reads=(row_max, row_sum), vector_flops=row_max.rows, exponentials=row_max.rows)
+        if self.arithmetic is not None:
+            tile.values = self.arithmetic.log_sum_exp(self._read(row_max), self._read(row_sum))
+        return tile
+
+    def row_dot(self, a: Tile, b: Tile, *, name: str = "delta", into: Tile | None = None) -> Tile:
+        """Return the dot product of each pair of rows, or add it to ``into``."""
+        tile = into or self._row_vector(name, a)
+        self._operate(
+            reads=(a, b) if into is None else (a, b, into),
+            writes=(tile,),
+            vector_flops=2 * a.rows * a.columns,
+        )
+        if self.arithmetic is not None:
+            self._set_product(tile, self.arithmetic.row_dot(self._read(a), self._read(b)), into)
+        return tile
+
+    def softmax_gradient(self, probabilities: Tile, dprobabilities: Tile, delta: Tile) -> None:
+        """Replace dP by P ∘ (dP − delta), the gradient of the scores."""
+        self._operate(
+            reads=(probabilities, dprobabilities, delta),
+            writes=(dprobabilities,),
+            vector_flops=2 * probabilities.rows * probabilities.columns,
+        )
+        if self.arithmetic is not None:
+            arithmetic, p, d = self.arithmetic, self._read(probabilities), self._read(delta)
+            self._update(dprobabilities, lambda present: arithmetic.softmax_gradient(p, present, d))
+
+    def add(self, tile: Tile, other: Tile) -> None:
+        """Add another tile of the same shape."""
+        self._operate(reads=(tile, other), writes=(tile,), vector_flops=tile.rows * tile.columns)
+        if self.arithmetic is not None:
+            values = self._read(other)
+            self._update(tile, lambda present: present + values)
+
+
+def _selection(blocks: npt.NDArray[np.intp], count: int) -> slice | npt.NDArray[np.intp] | None:
+    """Return None for all blocks, a slice for consecutive ones, else their indices."""
+    first, last = int(blocks[0]), int(blocks[-1])
+    if last - first + 1 != len(blocks):
+        return blocks
+    return None if len(blocks) == count else slice(first, last + 1)
+
+
+def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the maximal runs of consecutive integers as half-open ranges."""
+    start = 0
+    for position in range(1, len(indices) + 1):
+        if position == len(indices) or indices[position] != indices[position - 1] + 1:
+            yield indices[start], indices[position - 1] + 1
+            start = position

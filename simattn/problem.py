@@ -1,0 +1,196 @@
+"""The attention problem: shapes, storage, scale and mask, validated once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from simattn.arithmetic.formats import FLOAT8, ITEM_BYTES, storage_name
+from simattn.masks import BlockMask, Rows, Visibility, VisibleRows, is_integer
+from simattn.sums import ceil_div
+
+Window = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionProblem:
+    """One attention: out = softmax(scale · q kᵀ, masked) v, for every batch entry and head.
+
+    Attributes
+    ----------
+    batch, heads
+        Sequences, and query heads of each.
+    kv_heads
+        Key/value heads; must divide ``heads``. Equal to ``heads`` is multi-head, 1 is multi-query, anything
+        between is grouped-query attention. Default ``heads``.
+    q_len, kv_len
+        Rows of the queries and of the keys and values; ``kv_len`` defaults to ``q_len`` (self-attention).
+    head_dim, value_dim
+        Columns of the queries and keys, and of the values; ``value_dim`` defaults to ``head_dim``.
+    dtype
+        Storage format of q, k, v and their gradients.
+    scale
+        Factor of the scores; default 1/√head_dim. Finite and positive.
+    causal
+        Hide the keys after the query's own position, sequences aligned at their ends.
+    window
+        ``(left, right)`` keys seen on either side of the query's position, both ends included; None is no limit.
+    block_mask
+        The blocks of the score matrix that are computed, the same for every head.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of range; the message names it, its value and what was expected.
+    """
+
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = None  # type: ignore[assignment]
+    q_len: int
+    kv_len: int = None  # type: ignore[assignment]
+    head_dim: int = 64
+    value_dim: int = None  # type: ignore[assignment]
+    dtype: str = "bfloat16"
+    scale: float = None  # type: ignore[assignment]
+    causal: bool = False
+    window: Window | None = None
+    block_mask: BlockMask | None = None
+
+    def __post_init__(self) -> None:
+        for name, default in (("kv_heads", self.heads), ("kv_len", self.q_len), ("value_dim", self.head_dim)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        smallest = {"batch": 0, "q_len": 0, "kv_len": 0}
+        for name in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim"):
+            object.__setattr__(self, name, checked_integer(name, getattr(self, name), smallest.get(name, 1)))
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        object.__setattr__(self, "dtype", storage_name(self.dtype))
+        if self.scale is None:
+            object.__setattr__(self, "scale", 1.0 / math.sqrt(self.head_dim))
+        try:
+            object.__setattr__(self, "scale", float(self.scale))
+        except (TypeError, ValueError):
+            raise TypeError(f"scale={self.scale!r}: expected a number") from None
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale={self.scale!r}: expected a finite number above 0")
+        if not isinstance(self.causal, (bool, np.bool_)):
+            raise TypeError(f"causal={self.causal!r}: expected a bool")
+        object.__setattr__(self, "causal", bool(self.causal))
+        object.__setattr__(self, "window", _checked_window(self.window))
+        self._check_block_mask()
+
+    def _check_block_mask(self) -> None:
+        mask = self.block_mask
+        if mask is None:
+            return
+        if not isinstance(mask, BlockMask):
+            raise TypeError(f"block_mask is a {type(mask).__name__}: expected a simattn.BlockMask")
+        for axis, length, block, blocks in (
+            ("q", self.q_len, mask.q_block, mask.q_blocks),
+            ("kv", self.kv_len, mask.kv_block, mask.kv_blocks),
+        ):
+            if blocks != ceil_div(length, block):
+                raise ValueError(
+                    f"block_mask has {axis}_blocks={blocks} blocks of {block} rows: expected "
+                    f"{ceil_div(length, block)} for {axis}_len={length}"
+                )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one stored element of q, k and v."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether q, k and v are stored in eight bits, with one descale factor per batch entry and KV head."""
+        return self.dtype in FLOAT8
+
+    @property
+    def output_dtype(self) -> str:
+        """Storage format of the output: that of the inputs, bfloat16 for eight-bit inputs."""
+        return "bfloat16" if self.is_float8 else self.dtype
+
+    @cached_property
+    def keys_of_queries(self) -> Visibility:
+        """Which keys each query row sees."""
+        left, right = self.window or (None, None)
+        return Visibility(
+            rows=self.q_len,
+            columns=self.kv_len,
+            shift=self.kv_len - self.q_len,
+            before=left,
+            after=0 if self.causal else right,
+            blocks=self.block_mask,
+        )
+
+    @cached_property
+    def queries_of_keys(self) -> Visibility:
+        """Which query rows see each key."""
+        return self.keys_of_queries.transposed
+
+    def visible_keys(self, query_rows: Rows) -> VisibleRows:
+        """Return the keys that a run of query tiles sees, for :meth:`simattn.machine.Machine.tiles`."""
+        return VisibleRows(self.keys_of_queries, query_rows)
+
+    def visible_queries(self, key_rows: Rows) -> VisibleRows:
+        """Return the queries that see a run of key tiles, for :meth:`simattn.machine.Machine.tiles`."""
+        return VisibleRows(self.queries_of_keys, key_rows)
+
+    def visible_elements(self) -> npt.NDArray[np.bool_]:
+        """Return the whole mask: an array of bool, shape (q_len, kv_len), True where the key is seen."""
+        position = np.arange(self.q_len)[:, None] + self.kv_len - self.q_len
+        column = np.arange(self.kv_len)[None, :]
+        left, right = self.window or (None, None)
+        seen = np.ones((self.q_len, self.kv_len), dtype=np.bool_)
+        if left is not None:
+            seen &= column >= position - left
+        if right is not None:
+            seen &= column <= position + right
+        if self.causal:
+            seen &= column <= position
+        if self.block_mask is not None:
+            mask = self.block_mask
+            blocks = np.repeat(mask.to_array(), mask.q_block, axis=0).repeat(mask.kv_block, axis=1)
+            seen &= blocks[: self.q_len, : self.kv_len]
+        return seen
+
+
+def checked_integer(name: str, value: Any, smallest: int) -> int:
+    """Return ``value`` as an int.
+
+    Raises
+    ------
+    TypeError
+        If it is no integer.
+    ValueError
+        If it is below ``smallest``.
+    """
+    if not is_integer(value):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: expected an integer")
+    if value < smallest:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {smallest}")
+    return int(value)
+
+
+def _checked_window(window: Any) -> Window | None:
+    if window is None:
+        return None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window={window!r}: expected None or a pair (left, right)")
+    left, right = (
+        None if side is None else checked_integer(f"window[{index}]", side, 0)
+        for index, side in enumerate(window)
+    )
+    return None if left is None and right is None else (left, right)
