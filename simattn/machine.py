@@ -36,7 +36,7 @@ Place = Literal["sram", "registers"]
 Heads = Literal["query", "kv"]
 Role = Literal["input", "output", "saved", "workspace"]
 
-STACKED_ELEMENTS = 1 << 18
+STACKED_ELEMENTS = 1 << 19
 """Elements of a simulated tile stack: about what a core's cache holds, so memory stays independent of the length."""
 
 
@@ -813,9 +813,8 @@ class Machine:
         """Multiply each row by its factor."""
         self._operate(reads=(tile, correction), writes=(tile,), vector_flops=tile.rows * tile.columns)
         if self.arithmetic is not None:
-            factor = self._read(correction)
-            if not (factor == 1).all():
-                self._update(tile, lambda present: np.multiply(present, factor, out=present))
+            arithmetic, factor = self.arithmetic, self._read(correction)
+            self._update(tile, lambda present: arithmetic.rescale(present, factor))
 
     def normalise(self, tile: Tile, row_sum: Tile) -> None:
         """Divide each row by its sum; rows that saw no score become 0."""

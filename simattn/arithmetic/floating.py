@@ -42,10 +42,14 @@ class FloatArithmetic:
     def scores(self, q: Values, k: Values, scale: float) -> Values:
         """Return scale · q kᵀ; the scale goes to the smaller operand."""
         factor = self.dtype.type(scale)
-        if k.size <= q.size:
-            k = k * factor
-        else:
-            q = q * factor
+        if k.size > q.size:
+            return self.matmul(q * factor, k.swapaxes(-1, -2))
+        k = k * factor
+        if k.shape[1] == k.shape[2] == 1:
+            # Stored key by key, so that NumPy reduces the short rows of a tile across all query rows at once.
+            streams, columns = q.shape[0], q.shape[-1]
+            product = np.matmul(k[:, 0, 0], q.reshape(streams, -1, columns).swapaxes(-1, -2))
+            return product.reshape(streams, -1, *q.shape[1:-1]).transpose(0, 2, 3, 4, 1)
         return self.matmul(q, k.swapaxes(-1, -2))
 
     def matmul(self, a: Values, b: Values) -> Values:
@@ -111,6 +115,14 @@ class FloatArithmetic:
         """Return the dot product of each pair of rows."""
         return np.einsum("...ij,...ij->...i", a, b)[..., None]
 
+    def rescale(self, values: Values, factor: Values) -> None:
+        """Multiply each row by its factor; most factors are 1, and their rows are left alone."""
+        rows = np.nonzero(factor[..., 0] != 1)
+        if 2 * len(rows[0]) > factor.size:
+            np.multiply(values, factor, out=values)
+        elif len(rows[0]):
+            values[rows] *= factor[rows]
+
     def normalised(self, values: Values, row_sum: Values) -> Values:
         """Return values / row_sum, and 0 in rows whose sum is 0."""
         return values / np.where(row_sum == 0, self.dtype.type(1), row_sum)
@@ -138,10 +150,22 @@ def _rows_of_group(values: Values) -> Values:
 def _merged_matmul(a: Values, b: Values) -> Values:
     """Multiply every row of a stack by one shared b of shape (streams, 1, 1, k, n), or (streams, 1, k, n)."""
     shared = b.reshape(b.shape[0], *b.shape[-2:])
-    if a.strides[-1] > a.strides[-2]:  # merging the rows of a transposed operand would copy it
+    if not _rows_merge(a):
         return np.matmul(a, shared[:, None, None])
     product = np.matmul(a.reshape(a.shape[0], -1, a.shape[-1]), shared)
     return product.reshape(*a.shape[:-1], -1)
+
+
+def _rows_merge(a: Values) -> bool:
+    """Say whether stack, group and rows merge into one axis without a copy."""
+    step, expected = 0, 0
+    for axis in (3, 2, 1):
+        if a.shape[axis] > 1:
+            if step and a.strides[axis] != expected:
+                return False
+            step = a.strides[axis]
+            expected = step * a.shape[axis]
+    return True
 
 
 ARITHMETICS: dict[str, FloatArithmetic] = {
