@@ -862,6 +862,25 @@ class Machine:
             arithmetic, p, d = self.arithmetic, self._read(probabilities), self._read(delta)
             self._update(dprobabilities, lambda present: arithmetic.softmax_gradient(p, present, d))
 
+    def stage(self, tile: Tile, name: str, *, dtype: str) -> Tile:
+        """Copy a tile to SRAM in a storage format, for the next operation to read it from there."""
+        staged = self.allocate(
+            name,
+            tile.rows,
+            tile.columns,
+            place="sram",
+            capacity=(tile.capacity_rows, tile.capacity_columns),
+            item_bytes=ITEM_BYTES[dtype],
+        )
+        self._operate(reads=(tile,), writes=(staged,))
+        if self.arithmetic is not None:
+            staged.values, staged.borrowed = self._read(tile), True
+        return staged
+
+    def transpose_in_place(self, tile: Tile) -> None:
+        """Charge the rewriting of an SRAM tile in another layout; its values stay as they are."""
+        self._operate(reads=(tile,), writes=(tile,))
+
     def add(self, tile: Tile, other: Tile) -> None:
         """Add another tile of the same shape."""
         self._operate(reads=(tile, other), writes=(tile,), vector_flops=tile.rows * tile.columns)

@@ -106,7 +106,7 @@ def _plan_of_kind(
     defaults: dict[str, Any] = {"accumulators": "registers" if kind == "gpu" else "sram"}
     if kind == "paper":
         defaults["enforce_capacity"] = False
-    settings = {**algorithm.plan_defaults(problem, kind), **defaults, **options}
+    settings = {**algorithm.plan_defaults(problem, direction, kind), **defaults, **options}
     if "tiles" in settings:
         made = algorithm.plan_class(**settings)
     else:
@@ -132,8 +132,8 @@ def _choose_tiles(
         elements = capacity.sram_bytes // problem.item_bytes
         return dividing_tiles(problem, algorithm.paper_tiles(problem, elements, direction))
     if kind == "fit":
-        size = largest_fitting(lambda candidate: fits(algorithm.fit_tiles(problem, candidate)))
-        tiles = None if size is None else algorithm.fit_tiles(problem, size)
+        size = largest_fitting(lambda candidate: fits(algorithm.fit_tiles(problem, candidate, direction)))
+        tiles = None if size is None else algorithm.fit_tiles(problem, size, direction)
     else:
         tiles = first_fitting(algorithm.gpu_tiles(problem, gpu, direction), fits)
     if tiles is None:

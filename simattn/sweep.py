@@ -45,6 +45,8 @@ from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 
+from simattn.algorithms import get_algorithm
+from simattn.api import profile
 from simattn.tables import csv_text, text_table
 
 if sys.platform == "win32":
@@ -55,7 +57,6 @@ else:
 __all__ = ["SweepResult", "read_rows", "sweep", "write_csv"]
 
 Row: TypeAlias = dict[str, Any]
-Profile: TypeAlias = Callable[..., Any]
 OnError: TypeAlias = Literal["raise", "row"]
 _ChunkResult: TypeAlias = tuple[list[Row], float]
 
@@ -84,7 +85,8 @@ _TRAFFIC_COLUMNS = (
     "sram_read_bytes",
     "sram_write_bytes",
 )
-_RESULT_COLUMNS = (*_TRAFFIC_COLUMNS, "peak_sram_bytes", "peak_hbm_bytes", "matmul_flops")
+_RUN_COLUMNS = ("peak_sram_bytes", "peak_register_bytes", "peak_hbm_bytes")
+_OPERATION_COLUMNS = ("matmul_flops", "vector_flops", "exponentials")
 
 
 class SweepResult(list[Row]):
@@ -178,10 +180,10 @@ def sweep(
     -------
     SweepResult
         One row per point: all arguments, ``hbm_read_bytes``, ``hbm_write_bytes``, ``hbm_reduce_bytes``,
-        ``hbm_bytes``, ``sram_read_bytes``, ``sram_write_bytes``, ``peak_sram_bytes``, ``peak_hbm_bytes``,
-        ``matmul_flops``, the plan's fields under ``plan_…``, and ``error``. The order is that of nested
-        loops: entries of `grid`, then `algorithm`, then axes in the order in which they are given, the last
-        one fastest.
+        ``hbm_bytes``, ``sram_read_bytes``, ``sram_write_bytes``, ``peak_sram_bytes``,
+        ``peak_register_bytes``, ``peak_hbm_bytes``, ``matmul_flops``, ``vector_flops``, ``exponentials``,
+        the plan's fields under ``plan_…``, and ``error``. The order is that of nested loops: entries of
+        `grid`, then `algorithm`, then axes in the order in which they are given, the last one fastest.
 
     Raises
     ------
@@ -203,8 +205,7 @@ def sweep(
     if not isinstance(max_in_flight, int) or max_in_flight < 1:
         raise ValueError(f"{max_in_flight=}: expected an integer of at least 1")
 
-    profile = _profile_function()
-    points = _Grid(profile, algorithm, grid, arguments)
+    points = _Grid(algorithm, grid, arguments)
     index_of_key = points.keys()
     rows: dict[int, Row] = {}
     with contextlib.ExitStack() as stack:
@@ -226,12 +227,11 @@ def sweep(
         missing = (point for point in points if index_of_key[point.key] not in rows)
         if executor is None:
             for point in missing:
-                results, _ = _count_points(profile, [point.arguments], errors)
+                results, _ = _count_points([point.arguments], errors)
                 record([point], results)
         else:
             _count_with_executor(
                 executor,
-                profile,
                 missing,
                 record,
                 n_missing=len(index_of_key) - len(rows),
@@ -294,7 +294,6 @@ class _Grid:
 
     def __init__(
         self,
-        profile: Profile,
         algorithm: str | Iterable[str] | None,
         grid: Sequence[Mapping[str, Any]] | None,
         arguments: Mapping[str, Any],
@@ -305,7 +304,6 @@ class _Grid:
             for name, parameter in parameters.items()
             if parameter.kind is not parameter.VAR_KEYWORD
         }
-        takes_options = len(self._defaults) < len(parameters)
         required = [name for name in self._defaults if parameters[name].default is inspect.Parameter.empty]
 
         shared = dict(arguments) if algorithm is None else {"algorithm": algorithm, **arguments}
@@ -320,16 +318,19 @@ class _Grid:
             given = {"algorithm": None, **entry, **shared}
             if given["algorithm"] is None:
                 del given["algorithm"]
-            for name, value in given.items():
-                if name not in self._defaults and not takes_options:
-                    raise TypeError(
-                        f"{name}={reprlib.repr(value)}: no such argument; "
-                        f"expected one of {', '.join(self._defaults)}"
-                    )
             for name in required:
                 if name not in given:
                     raise TypeError(f"{name} is missing; expected a value or a list of values")
-            self._axes.append({name: _axis(name, value) for name, value in given.items()})
+            axes = {name: _axis(name, value) for name, value in given.items()}
+            for chosen, _ in axes["algorithm"]:
+                # A misspelled name is a mistake even where infeasible points are rows.
+                options = sorted(field.name for field in dataclasses.fields(get_algorithm(chosen).plan_class))
+                for name in given.keys() - self._defaults.keys() - set(options):
+                    raise TypeError(
+                        f"{name}={reprlib.repr(given[name])}: no argument of {chosen}; "
+                        f"expected one of {', '.join([*self._defaults, *options])}"
+                    )
+            self._axes.append(axes)
 
     def __iter__(self) -> Iterator[_Point]:
         for axes in self._axes:
@@ -414,19 +415,22 @@ def _json_structure(name: str, value: Any) -> Any:
         return float(value)
     if isinstance(value, (tuple, list)):
         return [_json_structure(name, item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _json_structure(name, item) for key, item in value.items()}
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return np.dtype(value).name
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-        return f"array {value.dtype.name} {'×'.join(map(str, value.shape))} {digest[:32]}"
+        return f"array {value.dtype.name} {'×'.join(map(str, value.shape))} {_digest(value.tobytes())}"
     if callable(getattr(value, "fingerprint", None)):
         return f"{type(value).__name__} {value.fingerprint()}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {type(value).__name__: {f.name: _json_structure(name, getattr(value, f.name)) for f in fields}}
+        fields = {f.name: _json_structure(name, getattr(value, f.name)) for f in dataclasses.fields(value)}
+        title = " ".join([type(value).__name__, *([str(fields["name"])] if "name" in fields else [])])
+        return f"{title} {_digest(_canonical_json(fields).encode())}"
     raise TypeError(
         f"{name}={reprlib.repr(value)} of type {type(value).__name__}: expected None, a bool, a number, "
-        "a string, a tuple of these, a dtype, an array, a dataclass, or an object with a fingerprint() method"
+        "a string, a tuple or mapping of these, a dtype, an array, a dataclass, or an object that has "
+        "fingerprint()"
     )
 
 
@@ -434,21 +438,19 @@ def _canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
 def _key(columns: Row) -> str:
-    return hashlib.sha256(_canonical_json(columns).encode()).hexdigest()[:32]
+    return _digest(_canonical_json(columns).encode())
 
 
 # Counting --------------------------------------------------------------------------------------------
 
 
-def _profile_function() -> Profile:
-    from simattn.api import profile
-
-    return profile
-
-
 def _count_points(
-    profile: Profile, points: Sequence[Mapping[str, Any]], errors: OnError, limit_seconds: float = math.inf
+    points: Sequence[Mapping[str, Any]], errors: OnError, limit_seconds: float = math.inf
 ) -> _ChunkResult:
     """Count at least the first point and as many more as the time allows; return their results and the time.
 
@@ -460,7 +462,7 @@ def _count_points(
     results: list[Row] = []
     for arguments in points:
         try:
-            results.append(_count_point(profile, arguments, errors))
+            results.append(_count_point(arguments, errors))
         except Exception as error:
             if results:
                 break
@@ -472,20 +474,20 @@ def _count_points(
     return results, elapsed_s
 
 
-def _count_point(profile: Profile, arguments: Mapping[str, Any], errors: OnError) -> Row:
+def _count_point(arguments: Mapping[str, Any], errors: OnError) -> Row:
     try:
         run = profile(**arguments)
     except ValueError as error:
         if errors == "raise":
             raise
-        return dict.fromkeys(_RESULT_COLUMNS) | {"error": str(error)}
-    row: Row = {name: int(getattr(run.traffic, name)) for name in _TRAFFIC_COLUMNS}
-    row["peak_sram_bytes"] = int(run.peak_sram_bytes)
-    row["peak_hbm_bytes"] = int(run.peak_hbm_bytes)
-    row["matmul_flops"] = int(run.operations.matmul_flops)
-    row |= _flattened("plan", run.plan)
-    row["error"] = None
-    return row
+        return dict.fromkeys((*_TRAFFIC_COLUMNS, *_RUN_COLUMNS, *_OPERATION_COLUMNS)) | {"error": str(error)}
+    return {
+        **{name: int(getattr(run.traffic, name)) for name in _TRAFFIC_COLUMNS},
+        **{name: int(getattr(run, name)) for name in _RUN_COLUMNS},
+        **{name: int(getattr(run.operations, name)) for name in _OPERATION_COLUMNS},
+        **_flattened("plan", run.plan),
+        "error": None,
+    }
 
 
 def _flattened(name: str, value: Any) -> Row:
@@ -500,7 +502,6 @@ def _flattened(name: str, value: Any) -> Row:
 
 def _count_with_executor(
     executor: Executor,
-    profile: Profile,
     missing: Iterator[_Point],
     record: Callable[[Sequence[_Point], Sequence[Row]], None],
     *,
@@ -525,7 +526,7 @@ def _count_with_executor(
                 chunk.extend(itertools.islice(missing, size - len(chunk)))
                 n_unsubmitted -= size
                 future = executor.submit(
-                    _count_points, profile, [point.arguments for point in chunk], errors, _CHUNK_LIMIT_SECONDS
+                    _count_points, [point.arguments for point in chunk], errors, _CHUNK_LIMIT_SECONDS
                 )
                 in_flight[future] = chunk
                 future.add_done_callback(finished.put)
@@ -627,7 +628,7 @@ class _RowFile:
 
     def _header(self) -> dict[str, Any]:
         # The grid is a record of how the file began, not a condition on how it goes on.
-        fingerprint = hashlib.sha256("".join(self._index_of_key).encode()).hexdigest()[:32]
+        fingerprint = _digest("".join(self._index_of_key).encode())
         return {
             "format": _FORMAT,
             "version": _FORMAT_VERSION,
@@ -731,9 +732,12 @@ def _malformed(where: str, line: bytes, expected: str) -> ValueError:
 
 
 def _package_version() -> str:
-    from simattn import __version__
+    import importlib.metadata
 
-    return __version__
+    try:
+        return importlib.metadata.version("simattn")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"  # imported from a source tree, which has no version
 
 
 def _raise_recorded_error(rows: Mapping[int, Row], path: str) -> None:

@@ -22,7 +22,7 @@ def declare_output_and_lse(machine: Machine, problem: AttentionProblem, plan: Pl
     machine.array("lse", problem.q_len, 1, role="saved")
 
 
-def _no_defaults(problem: AttentionProblem, kind: PlanKind) -> dict[str, Any]:
+def _no_defaults(problem: AttentionProblem, direction: Direction, kind: PlanKind) -> dict[str, Any]:
     return {}
 
 
@@ -49,13 +49,14 @@ class Algorithm:
     paper_tiles
         The paper's tile formula: (problem, M in elements, direction) → tiles.
     fit_tiles
-        A family of tiles that grows with an integer, of which plan="fit" takes the largest that fits.
+        A family of tiles that grows with an integer, of which plan="fit" takes the largest that fits: (problem,
+        integer, direction) → tiles.
     gpu_tiles
         Tiles to try on a GPU, best first: (problem, hardware, direction) → tiles.
     declare_saved
         Declares, besides q, k and v, the arrays that the forward pass leaves for the backward pass.
     plan_defaults
-        Plan fields that differ from the class's defaults: (problem, kind of plan) → fields.
+        Plan fields that differ from the class's defaults: (problem, direction, kind of plan) → fields.
     complete_plan
         Settles what depends on the tiles: (problem, plan, SRAM bytes) → plan.
     """
@@ -68,10 +69,10 @@ class Algorithm:
     programs: Mapping[Direction, Program]
     closed_forms: Mapping[Direction, ClosedForm]
     paper_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
-    fit_tiles: Callable[[AttentionProblem, int], Tiles]
+    fit_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
     gpu_tiles: Callable[[AttentionProblem, Hardware, Direction], list[Tiles]]
     declare_saved: Callable[[Machine, AttentionProblem, Plan], None] = declare_output_and_lse
-    plan_defaults: Callable[[AttentionProblem, PlanKind], dict[str, Any]] = _no_defaults
+    plan_defaults: Callable[[AttentionProblem, Direction, PlanKind], dict[str, Any]] = _no_defaults
     complete_plan: Callable[[AttentionProblem, Any, int], Any] = _already_complete
 
     @property

@@ -28,7 +28,7 @@ from simattn.algorithms.steps import (
 )
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine
-from simattn.plan import Direction, Plan, Tiles, candidates, check_choice
+from simattn.plan import Direction, Plan, Tiles, candidates, check_choice, check_flag
 from simattn.problem import AttentionProblem, checked_integer
 from simattn.sums import ceil_div
 from simattn.traffic import Traffic
@@ -48,15 +48,27 @@ class Flash2Plan(Plan):
         "deterministic" (a second kernel over query tiles, which recomputes the scores).
     stages
         Buffers of the tiles that the inner loop streams in.
+    stage_probabilities
+        Whether P, and dS in the backward pass, go through SRAM to their next product instead of registers.
+    stage_results
+        Whether O, and dQ in the backward pass, go through SRAM to memory.
+    transpose_float8_values
+        Whether eight-bit values are transposed in SRAM, as tensor cores that take them only so require.
     """
 
     dq: Literal["reduce", "load_add_store", "deterministic"] = "reduce"
     stages: int = 1
+    stage_probabilities: bool = False
+    stage_results: bool = False
+    transpose_float8_values: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("dq", self.dq, ("reduce", "load_add_store", "deterministic"))
         checked_integer("stages", self.stages, 1)
+        check_flag("stage_probabilities", self.stage_probabilities)
+        check_flag("stage_results", self.stage_results)
+        check_flag("transpose_float8_values", self.transpose_float8_values)
 
 
 # Tiled program
@@ -67,6 +79,7 @@ def forward(machine: Machine, problem: AttentionProblem, plan: Flash2Plan) -> No
     arrays = declare_forward(machine, problem, plan)
     tiles, place = plan.tiles, plan.accumulators
     width = max(tiles.kv, problem.head_dim, problem.value_dim)
+    staged_as = problem.dtype if plan.stage_probabilities else None
     for query_rows in machine.thread_blocks(problem.q_len, tiles.q, width=width):
         # load
         q = machine.load(arrays.q, query_rows)
@@ -80,9 +93,14 @@ def forward(machine: Machine, problem: AttentionProblem, plan: Flash2Plan) -> No
             scores, hidden = masked_scores(
                 machine, q, k, query_rows, key_rows, place=place, descales=score_descales
             )
-            update_softmax(machine, state, scores, v, hidden)
+            if plan.transpose_float8_values and problem.is_float8:
+                machine.transpose_in_place(v)
+            update_softmax(machine, state, scores, v, hidden, staged_as=staged_as)
         # finish
-        finish_softmax(machine, state, arrays, query_rows, descales(machine, "v"))
+        value_descale = descales(machine, "v")
+        finish_softmax(
+            machine, state, arrays, query_rows, descales=value_descale, staged=plan.stage_results
+        )
 
 
 def backward(machine: Machine, problem: AttentionProblem, plan: Flash2Plan) -> None:
@@ -133,8 +151,12 @@ def key_gradients(
                 machine.matmul(probabilities, dout, place=place, transpose_a=True, hidden=hidden, into=dv)
                 machine.matmul(dscores, q, place=place, transpose_a=True, hidden=hidden, into=dk)
                 if dq_sums is not None:
+                    if plan.stage_probabilities:
+                        dscores = machine.stage(dscores, "dscores", dtype=problem.dtype)
                     dq = machine.matmul(dscores, k, place=place, name="dq", hidden=hidden)
                     machine.scale(dq, problem.scale)
+                    if plan.stage_results:
+                        dq = machine.stage(dq, "dq", dtype=dq_sums.dtype)
                     if sequential:
                         machine.add(dq, machine.load(dq_sums, query_rows, place="registers"))
                         machine.store(dq, dq_sums, query_rows)
@@ -248,9 +270,14 @@ def paper_tiles(problem: AttentionProblem, sram_elements: int, direction: Direct
     return Tiles(q=min(columns, problem.head_dim), kv=columns)
 
 
-def fit_tiles(problem: AttentionProblem, size: int) -> Tiles:
-    """Square tiles."""
-    return Tiles(q=size, kv=size)
+def fit_tiles(problem: AttentionProblem, size: int, direction: Direction) -> Tiles:
+    """Tiles that grow along the outer loop's axis, on which the traffic depends, and along the other up to d.
+
+    The tile of scores then takes no more room than those of the operands; square ones would lose the 1/M of the
+    traffic for M ≫ d².
+    """
+    inner = min(size, max(problem.head_dim, problem.value_dim))
+    return Tiles(q=size, kv=inner) if direction == "forward" else Tiles(q=inner, kv=size)
 
 
 def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:

@@ -47,13 +47,28 @@ def masked_scores(
 
 
 def update_softmax(
-    machine: Machine, state: SoftmaxState, scores: Tile, v: Tile, hidden: HiddenElements
+    machine: Machine,
+    state: SoftmaxState,
+    scores: Tile,
+    v: Tile,
+    hidden: HiddenElements,
+    *,
+    value_descales: tuple[Tile, ...] = (),
+    staged_as: str | None = None,
 ) -> None:
-    """Take one tile of scores into the running softmax (Milakov & Gimelshein 2018; FlashAttention-2, Alg. 1)."""
+    """Take one tile of scores into the running softmax (Milakov & Gimelshein 2018; FlashAttention-2, Alg. 1).
+
+    ``value_descales`` scale the probabilities where the output is not scaled once at the end; ``staged_as`` names the
+    storage format in which the probabilities pass through SRAM, if they do.
+    """
     correction = machine.update_row_max(state.row_max, scores)
     machine.exponential(scores, state.row_max)
     machine.update_row_sum(state.row_sum, scores, correction=correction)
     machine.rescale(state.out, correction)
+    for descale in value_descales:
+        machine.scale(scores, descale)
+    if staged_as is not None:
+        scores = machine.stage(scores, "probabilities", dtype=staged_as)
     machine.matmul(scores, v, place=state.out.place, hidden=hidden, into=state.out)
 
 
@@ -62,20 +77,46 @@ def finish_softmax(
     state: SoftmaxState,
     arrays: ForwardArrays,
     query_rows: Rows,
+    *,
     descales: tuple[Tile, ...] = (),
+    staged: bool = False,
 ) -> None:
-    """Normalise the output and store it with its log-sum-exp."""
+    """Normalise the output and store it, through SRAM if ``staged``, with its log-sum-exp."""
     machine.normalise(state.out, state.row_sum)
     for descale in descales:
         machine.scale(state.out, descale)
-    machine.store(state.out, arrays.out, query_rows)
+    out = machine.stage(state.out, "out", dtype=arrays.out.dtype) if staged else state.out
+    machine.store(out, arrays.out, query_rows)
     machine.store(machine.log_sum_exp(state.row_max, state.row_sum), arrays.lse, query_rows)
 
 
-def load_statistics(machine: Machine, delta: Array, query_rows: Rows) -> tuple[Tile, Tile]:
+@dataclass
+class SavedStatistics:
+    """What the forward pass saved about each query row, on chip, with delta = rowsum(dO ∘ O).
+
+    Either the log-sum-exp or the row maximum and row sum.
+    """
+
+    delta: Tile
+    lse: Tile | None = None
+    row_max: Tile | None = None
+    row_sum: Tile | None = None
+
+    def probabilities(self, machine: Machine, scores: Tile) -> None:
+        """Replace scores by their softmax."""
+        if self.lse is not None:
+            machine.probabilities(scores, self.lse)
+        else:
+            assert self.row_max is not None
+            assert self.row_sum is not None
+            machine.exponential(scores, self.row_max)
+            machine.normalise(scores, self.row_sum)
+
+
+def load_statistics(machine: Machine, delta: Array, query_rows: Rows) -> SavedStatistics:
     """Load the log-sum-exp and delta of some query rows."""
     lse = machine.load(machine.arrays["lse"], query_rows, place="registers")
-    return lse, machine.load(delta, query_rows, place="registers")
+    return SavedStatistics(delta=machine.load(delta, query_rows, place="registers"), lse=lse)
 
 
 def score_gradients(
@@ -84,17 +125,16 @@ def score_gradients(
     k: Tile,
     v: Tile,
     dout: Tile,
-    statistics: tuple[Tile, Tile],
+    statistics: SavedStatistics,
     query_rows: Rows,
     key_rows: Rows,
     *,
     place: Place,
 ) -> tuple[Tile, Tile, HiddenElements]:
-    """Recompute P = exp(S − LSE) and return it, dS = P ∘ (dO Vᵀ − delta) without the scale, and what is hidden."""
-    lse, delta = statistics
+    """Recompute P and return it, dS = P ∘ (dO Vᵀ − delta) without the scale, and which elements are hidden."""
     probabilities, hidden = masked_scores(machine, q, k, query_rows, key_rows, place=place)
-    machine.probabilities(probabilities, lse)
+    statistics.probabilities(machine, probabilities)
     dscores = machine.matmul(dout, v, place=place, name="dscores", transpose_b=True)
-    machine.softmax_gradient(probabilities, dscores, delta)
+    machine.softmax_gradient(probabilities, dscores, statistics.delta)
     machine.hide(dscores, hidden, 0.0)
     return probabilities, dscores, hidden

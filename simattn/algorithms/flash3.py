@@ -1,0 +1,90 @@
+"""FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608): FlashAttention-2's loops on Hopper.
+
+The keys and values stream through a pipeline of SRAM buffers, the tiles are those of Hopper's tensor cores, eight-bit
+inputs are taken forward. Bytes between memory and multiprocessor are those of FlashAttention-2 with these tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from simattn.algorithms import flash2
+from simattn.algorithms.algorithm import Algorithm
+from simattn.hardware import Hardware
+from simattn.plan import Direction, PlanKind, Tiles, candidates
+from simattn.problem import AttentionProblem
+
+# Config and validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flash3Plan(flash2.Flash2Plan):
+    """Plan of FlashAttention-3: FlashAttention-2's, pipelined, with results staged through SRAM."""
+
+    stages: int = 2
+    stage_results: bool = True
+    transpose_float8_values: bool = True
+
+
+# Tiled program
+
+forward = flash2.forward
+backward = flash2.backward
+
+# Closed form
+
+closed_form_forward = flash2.closed_form_forward
+closed_form_backward = flash2.closed_form_backward
+
+# Plans
+
+FORWARD_TILES = {64: (192, 192), 96: (192, 144), 128: (128, 176), 192: (128, 112), 256: (128, 80)}
+MASKED_FORWARD_TILES = {64: (192, 128), 96: (192, 144), 128: (128, 128), 192: (128, 112), 256: (128, 80)}
+FLOAT8_FORWARD_TILES = {64: (192, 160), 96: (192, 128), 128: (128, 224), 192: (128, 160), 256: (128, 128)}
+BACKWARD_TILES = {64: (128, 128), 96: (64, 128), 128: (80, 128), 192: (64, 96), 256: (64, 80)}
+MASKED_BACKWARD_TILES = {**BACKWARD_TILES, 128: (64, 128)}
+"""Tiles (query rows, key rows) of the published kernels by head dimension, rounded up."""
+
+
+def is_masked(problem: AttentionProblem) -> bool:
+    """Say whether the kernels for causal and windowed attention run."""
+    return problem.causal or problem.window is not None
+
+
+def plan_defaults(problem: AttentionProblem, direction: Direction, kind: PlanKind) -> dict[str, Any]:
+    """Return how the published kernels stage their tiles; everything is in SRAM already unless on a GPU's plan."""
+    columns = max(problem.head_dim, problem.value_dim)
+    if kind != "gpu":
+        return {"stage_results": False}
+    if direction == "backward":
+        return {"stages": 2 if columns <= 128 else 1, "stage_probabilities": True}
+    return {"stage_probabilities": columns <= 64 and not is_masked(problem) and not problem.is_float8}
+
+
+def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:
+    """Return the published kernels' tiles by head dimension, then smaller ones."""
+    columns = max(problem.head_dim, problem.value_dim)
+    if direction == "backward":
+        table = MASKED_BACKWARD_TILES if is_masked(problem) else BACKWARD_TILES
+    elif problem.is_float8:
+        table = FLOAT8_FORWARD_TILES
+    else:
+        table = MASKED_FORWARD_TILES if is_masked(problem) else FORWARD_TILES
+    bucket = next((limit for limit in table if columns <= limit), None)
+    return candidates(direction, None if bucket is None else table[bucket])
+
+
+ALGORITHM = Algorithm(
+    name="flash3",
+    title="FlashAttention-3",
+    source="Shah et al. 2024, arXiv 2407.08608, Algorithms 1 to 3",
+    summary="FlashAttention-2's loops with Hopper's tiles, a pipeline of key and value buffers, and eight-bit inputs.",
+    plan_class=Flash3Plan,
+    programs={"forward": forward, "backward": backward},
+    closed_forms={"forward": closed_form_forward, "backward": closed_form_backward},
+    paper_tiles=flash2.paper_tiles,
+    fit_tiles=flash2.fit_tiles,
+    gpu_tiles=gpu_tiles,
+    plan_defaults=plan_defaults,
+)
