@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from simattn.algorithms import flash1, flash2, flash3
+from simattn.algorithms import flash1, flash2, flash3, online_softmax, small_cache
 from simattn.algorithms.algorithm import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
-    module.ALGORITHM.name: module.ALGORITHM for module in (flash1, flash2, flash3)
+    module.ALGORITHM.name: module.ALGORITHM for module in (online_softmax, flash1, flash2, flash3, small_cache)
 }
 """Every algorithm, by name."""
 

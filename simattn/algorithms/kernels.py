@@ -143,20 +143,30 @@ class GroupedGradient:
     target: Array
     partial: Array
     grouped: str
+    reduces: bool
 
     @classmethod
-    def declare(cls, machine: Machine, target: Array, plan: Plan) -> GroupedGradient:
-        """Declare the partial sums' array and, for a reduction, zero it."""
-        grouped = plan.grouped_gradients if machine.problem.group_size > 1 or plan.repeat_kv else "loop"
+    def declare(
+        cls, machine: Machine, target: Array, plan: Plan, *, added_up: bool = False
+    ) -> GroupedGradient:
+        """Declare the partial sums' array and, for a reduction, zero it.
+
+        With ``added_up`` several thread blocks of one head hand in parts of the same rows, so all are reductions.
+        """
+        grouped = plan.grouped_gradients
+        if not added_up and machine.problem.group_size == 1 and not plan.repeat_kv:
+            grouped = "loop"
+        reduces = added_up or grouped == "reduce"
         partial = target
-        if grouped == "expand":
+        if reduces:
+            heads: Heads = "query" if grouped == "expand" else "kv"
+            partial = machine.array(f"{target.name}_accumulator", target.rows, target.columns, heads=heads)
+            fill(machine, partial, 0.0, plan)
+        elif grouped == "expand":
             partial = machine.array(
                 f"{target.name}_expanded", target.rows, target.columns, dtype=target.dtype
             )
-        elif grouped == "reduce":
-            partial = machine.array(f"{target.name}_accumulator", target.rows, target.columns, heads="kv")
-            fill(machine, partial, 0.0, plan)
-        return cls(target, partial, grouped)
+        return cls(target, partial, grouped, reduces)
 
     @property
     def per(self) -> Heads:
@@ -165,7 +175,7 @@ class GroupedGradient:
 
     def add(self, machine: Machine, tile: Tile, rows: Rows) -> None:
         """Hand in the sum of one thread block."""
-        if self.grouped == "reduce":
+        if self.reduces:
             machine.reduce(tile, self.partial, rows)
         else:
             machine.store(tile, self.partial, rows)
