@@ -77,6 +77,11 @@ class Plan:
 PlanT = TypeVar("PlanT", bound=Plan)
 
 
+def depth_of(plan: Plan, columns: int) -> int:
+    """Return the columns of a chunk of the head dimension: the plan's, and no more than there are."""
+    return columns if plan.tiles.depth is None else min(plan.tiles.depth, columns)
+
+
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise a ValueError unless the value is one of the choices."""
     if value not in choices:
@@ -153,6 +158,11 @@ def largest_fitting(fits: Callable[[int], bool]) -> int | None:
 def first_fitting(candidates: Iterable[Tiles], fits: Callable[[Tiles], bool]) -> Tiles | None:
     """Return the first candidate that fits, or None."""
     return next((tiles for tiles in candidates if fits(tiles)), None)
+
+
+def cubic_tiles(problem: AttentionProblem, size: int, direction: Direction) -> Tiles:
+    """Return square tiles with chunks of as many columns, up to the head dimension."""
+    return Tiles(q=size, kv=size, depth=min(size, max(problem.head_dim, problem.value_dim)))
 
 
 FORWARD_CANDIDATES = (

@@ -79,13 +79,15 @@ def make_plan(
     known = {item.name for item in fields(algorithm.plan_class)}
     for name in options:
         if name not in known:
-            raise TypeError(f"{name!r} is no argument and no plan option of {algorithm.name}; options: {sorted(known)}")
+            raise TypeError(
+                f"{name!r} is no argument and no plan option of {algorithm.name}; options: {sorted(known)}"
+            )
     gpu = get_hardware(DEFAULT_HARDWARE if hardware is None else hardware)
     capacity = get_capacity(gpu, sram_bytes)
     if isinstance(plan, Plan):
         if not isinstance(plan, algorithm.plan_class):
             raise TypeError(f"plan is a {type(plan).__name__}: expected a {algorithm.plan_class.__name__}")
-        made = replace(plan, **options)
+        made = algorithm.complete_plan(problem, replace(plan, **options), capacity.sram_bytes)
     else:
         kind = ("gpu" if sram_bytes is None else "fit") if plan is None else plan
         check_choice("plan", kind, PLAN_KINDS)
@@ -115,7 +117,9 @@ def _plan_of_kind(
         def fits(tiles: Tiles) -> bool:
             return _fits(algorithm, _one_head(problem), direction, replace(smallest, tiles=tiles), capacity)
 
-        made = replace(smallest, tiles=_choose_tiles(algorithm, problem, direction, kind, gpu, capacity, fits))
+        made = replace(
+            smallest, tiles=_choose_tiles(algorithm, problem, direction, kind, gpu, capacity, fits)
+        )
     return algorithm.complete_plan(problem, made, capacity.sram_bytes)
 
 
@@ -189,10 +193,18 @@ def declare_inputs(
         ("v", problem.kv_len, problem.value_dim, "kv"),
     ):
         machine.array(
-            name, rows, columns, dtype=problem.dtype, heads=heads, role="input", values=values.get(name)  # type: ignore[arg-type]
+            name,
+            rows,
+            columns,
+            dtype=problem.dtype,
+            heads=heads,
+            role="input",
+            values=values.get(name),  # type: ignore[arg-type]
         )
         if problem.is_float8:
-            machine.array(f"{name}_descale", 1, 1, heads="kv", role="input", values=values.get(f"{name}_descale"))
+            machine.array(
+                f"{name}_descale", 1, 1, heads="kv", role="input", values=values.get(f"{name}_descale")
+            )
     if direction == "backward":
         machine.array(
             "dout",
@@ -203,4 +215,3 @@ def declare_inputs(
             values=values.get("dout"),
         )
         algorithm.declare_saved(machine, problem, plan)
-

@@ -762,7 +762,11 @@ def _lock(file_descriptor: int, path: str) -> None:
             fcntl.flock(file_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise RuntimeError(
-            f"output={path!r} is held by another sweep; expected a file that no other process writes"
+            f"output={path!r} is held by another sweep; expected a file that no other sweep writes"
+        ) from error
+    except OSError as error:
+        raise RuntimeError(
+            f"output={path!r} cannot be locked ({error}); expected a file system that has locks"
         ) from error
 
 

@@ -6,8 +6,10 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import errno
+import fcntl
+import functools
 import importlib
-import inspect
 import io
 import itertools
 import json
@@ -28,6 +30,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import simattn
+
 # The package exports the function under the module's name.
 sweep_module = importlib.import_module("simattn.sweep")
 SweepResult, read_rows, sweep, write_csv = (
@@ -38,6 +42,7 @@ SweepResult, read_rows, sweep, write_csv = (
 )
 
 TESTS = Path(__file__).parent
+MISTAKE = 9999  # the query length at which the stub fails as a faulty program would
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +68,10 @@ class Mask:
 def stub_profile(
     algorithm, *, batch=1, q_len, kv_len=None, window=None, block_mask=None, plan=None, dtype="bfloat16"
 ):
-    """Stand in for `simattn.api.profile` where a test needs to steer its duration or its failures."""
+    """Stand in for `simattn.profile` where a test needs to steer its duration or its failures."""
     if q_len < 0:
         raise ValueError(f"{q_len=}: expected at least 0")
-    if q_len == 13:
+    if q_len == MISTAKE:
         raise RuntimeError("a mistake of the program")
     read = (q_len * (1 if kv_len is None else kv_len) + len(algorithm)) * batch << 70
     traffic = SimpleNamespace(
@@ -80,8 +85,9 @@ def stub_profile(
     return SimpleNamespace(
         traffic=traffic,
         peak_sram_bytes=64,
+        peak_register_bytes=32,
         peak_hbm_bytes=128,
-        operations=SimpleNamespace(matmul_flops=4 * q_len),
+        operations=SimpleNamespace(matmul_flops=4 * q_len, vector_flops=3, exponentials=1),
         plan=plan or Plan(Tiles(64, 128)),
     )
 
@@ -91,7 +97,15 @@ def slow_profile(algorithm, **arguments):
     return stub_profile(algorithm, **arguments)
 
 
-slow_profile.__signature__ = inspect.signature(stub_profile)
+def count_with(function, patch):
+    """Make sweeps in this process and its forks call a function in place of `simattn.profile`."""
+
+    @functools.wraps(stub_profile)  # for its signature
+    def profile(algorithm, **arguments):
+        return function(algorithm, **arguments)
+
+    patch.setattr(sweep_module, "profile", profile)
+    patch.setattr(sweep_module, "get_algorithm", lambda name: SimpleNamespace(plan_class=Plan))
 
 
 @pytest.fixture
@@ -103,8 +117,7 @@ def stub(monkeypatch):
         calls.append({"algorithm": algorithm, **arguments})
         return stub_profile(algorithm, **arguments)
 
-    profile.__signature__ = inspect.signature(stub_profile)
-    monkeypatch.setattr(sweep_module, "_profile_function", lambda: profile)
+    count_with(profile, monkeypatch)
     return calls
 
 
@@ -128,7 +141,7 @@ def assert_complete(path, rows):
 )
 def test_rows_are_in_the_order_of_nested_loops(algorithms, axes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_module, "_profile_function", lambda: stub_profile)
+        count_with(stub_profile, patch)
         axes.setdefault("q_len", [20])
         rows = sweep(algorithms, **axes)
     expected = [
@@ -158,8 +171,11 @@ def test_row_holds_all_arguments_counts_and_the_plan(stub):
         "sram_read_bytes": 2,
         "sram_write_bytes": 3,
         "peak_sram_bytes": 64,
+        "peak_register_bytes": 32,
         "peak_hbm_bytes": 128,
         "matmul_flops": 20,
+        "vector_flops": 3,
+        "exponentials": 1,
         "plan_tiles_q": 64,
         "plan_tiles_kv": 128,
         "plan_splits": 1,
@@ -207,7 +223,7 @@ def test_algorithms_may_be_a_registry(stub):
         (
             {"q_len": [1], "headz": [2, 3]},
             TypeError,
-            r"headz=\[2, 3\]: no such argument; expected one of .*q_len",
+            r"headz=\[2, 3\]: no argument of a; expected one of algorithm, batch.*tiles",
         ),
         ({}, TypeError, "q_len is missing; expected a value"),
         ({"algorithm": None, "q_len": 1}, TypeError, "algorithm is missing"),
@@ -249,7 +265,8 @@ def test_keys_tell_objects_apart_by_content(stub, tmp_path):
     assert sweep("a", q_len=1, output=path, **{name: make() for name, make in axes.items()}) == first
     assert len(stub) == 6
     assert first[0]["block_mask"] == "Mask x"
-    assert json.loads(first[2]["plan"]) == {"Plan": {"tiles": {"Tiles": {"q": 1, "kv": 2}}, "splits": 1}}
+    assert first[0]["plan"] is None
+    assert first[2]["plan"].startswith("Plan ")
 
 
 def test_defaults_and_names_of_dtypes_do_not_change_the_key(stub, tmp_path):
@@ -286,7 +303,7 @@ def test_infeasible_points_become_rows_where_that_is_asked_for(stub, tmp_path):
 
 def test_mistakes_of_the_program_always_raise(stub):
     with pytest.raises(RuntimeError, match="a mistake"):
-        sweep("a", q_len=[1, 13], errors="row")
+        sweep("a", q_len=[1, MISTAKE], errors="row")
 
 
 # Files -----------------------------------------------------------------------------------------------
@@ -314,7 +331,7 @@ def test_resume_after_an_interruption_at_every_byte(stub, tmp_path, monkeypatch)
 def test_any_series_of_grids_and_interruptions_loses_and_doubles_no_row(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("sweep") / "rows.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_module, "_profile_function", lambda: stub_profile)
+        count_with(stub_profile, patch)
         patch.setattr(os, "fsync", lambda descriptor: None)
         lengths = st.lists(st.integers(20, 30), min_size=1, max_size=6, unique=True)
         for grid in data.draw(st.lists(lengths, min_size=1, max_size=4)):
@@ -431,15 +448,14 @@ def test_full_disk_leaves_whole_rows(stub, tmp_path):
 # Interruptions ---------------------------------------------------------------------------------------
 
 SLOW_SWEEP = """
-    import concurrent.futures, importlib, multiprocessing, sys
-    import test_sweep
+    import concurrent.futures, multiprocessing, sys
+    import pytest, test_sweep
 
-    test_sweep.sweep_module._profile_function = lambda: test_sweep.slow_profile
-    if __name__ == "__main__":
-        executor = None
-        if sys.argv[2] == "fork":
-            executor = concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork"))
-        test_sweep.sweep("a", q_len=range(20, 1020), output=sys.argv[1], executor=executor)
+    test_sweep.count_with(test_sweep.slow_profile, pytest.MonkeyPatch())
+    executor = None
+    if sys.argv[2] == "fork":
+        executor = concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork"))
+    test_sweep.sweep("a", q_len=range(20, 1020), output=sys.argv[1], executor=executor)
 """
 
 
@@ -499,7 +515,7 @@ def test_second_sweep_of_a_file_in_the_same_process_is_refused(stub, tmp_path, m
         return stub_profile(algorithm, q_len=q_len)
 
     with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(1) as thread:
-        patch.setattr(sweep_module, "_profile_function", lambda: waiting_profile)
+        count_with(waiting_profile, patch)
         first = thread.submit(sweep, "a", q_len=[1], output=path)
         assert entered.wait(10)
         read_rows(path)  # opening and closing the file leaves the lock in force
@@ -507,6 +523,17 @@ def test_second_sweep_of_a_file_in_the_same_process_is_refused(stub, tmp_path, m
             sweep("a", q_len=[1], output=path)
         leave.set()
         assert len(first.result()) == 1
+
+
+def test_file_system_without_locks_is_refused(stub, tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(
+        RuntimeError, match=r"cannot be locked \(.*No locks available\); expected a file system"
+    ):
+        sweep("a", q_len=[1], output=tmp_path / "rows.jsonl")
 
 
 def test_interrupt_keeps_finished_rows(tmp_path, monkeypatch):
@@ -517,14 +544,14 @@ def test_interrupt_keeps_finished_rows(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return stub_profile(algorithm, q_len=q_len)
 
-    monkeypatch.setattr(sweep_module, "_profile_function", lambda: profile)
+    count_with(profile, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         sweep("a", q_len=range(1, 6), output=path)
     assert read_rows(path).column("q_len") == [1, 2]
 
 
 class ScriptedExecutor(concurrent.futures.Executor):
-    """Holds tasks until told to run them; `after_submit` is called with all futures after every submission."""
+    """Holds tasks until told to run them; calls `after_submit` with itself after every submission."""
 
     def __init__(self, after_submit):
         self.futures = []
@@ -534,7 +561,7 @@ class ScriptedExecutor(concurrent.futures.Executor):
         future = concurrent.futures.Future()
         self.futures.append(future)
         future.run = lambda: future.set_result(function(*arguments))
-        future.n_points = len(arguments[1])
+        future.n_points = len(arguments[0])
         self.after_submit(self)
         return future
 
@@ -560,6 +587,103 @@ def test_interrupt_records_what_is_finished_and_cancels_the_rest(stub, tmp_path)
 # Executors -------------------------------------------------------------------------------------------
 
 
+REAL_GRID = {
+    "algorithm": "flash2",
+    "q_len": [64, 1000, 1 << 20, 1 << 40],
+    "causal": [False, True],
+    "window": [None, (100, 0)],
+    "direction": ["forward", "backward"],
+    "block_mask": None,
+    "hardware": ["A100-80GB", None],
+}
+
+
+@pytest.fixture(scope="module")
+def real_rows():
+    return sweep(**REAL_GRID)
+
+
+def test_rows_are_those_of_profile(real_rows):
+    assert len(real_rows) == 4 * 2 * 2 * 2 * 2
+    for row in real_rows[::7]:
+        arguments = {name: row[name] for name in ("q_len", "causal", "window", "direction", "hardware")}
+        run = simattn.profile(row["algorithm"], **arguments)
+        for name in ("hbm_read_bytes", "hbm_write_bytes", "hbm_reduce_bytes", "hbm_bytes"):
+            assert row[name] == getattr(run.traffic, name)
+        assert row["sram_read_bytes"] + row["sram_write_bytes"] == run.traffic.sram_bytes
+        assert row["peak_sram_bytes"] == run.peak_sram_bytes
+        assert row["matmul_flops"] == run.operations.matmul_flops
+        assert (row["plan_tiles_q"], row["plan_tiles_kv"]) == (run.plan.tiles.q, run.plan.tiles.kv)
+    assert max(real_rows.column("hbm_bytes")) > 1 << 64
+
+
+def test_tiles_beyond_the_sram_are_infeasible(tmp_path):
+    grid = {"algorithm": "flash2", "q_len": 64, "sram_bytes": [1 << 20, 1]}
+    with pytest.raises(simattn.CapacityError):
+        sweep(**grid, output=tmp_path / "rows.jsonl")
+    feasible, infeasible = sweep(**grid, output=tmp_path / "rows.jsonl", errors="row")
+    assert feasible["error"] is None
+    assert feasible["peak_sram_bytes"] <= 1 << 20
+    assert "sram" in infeasible["error"].lower()
+
+
+def test_misspelled_names_are_refused_before_anything_is_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(TypeError, match=r"tile=3: no argument of flash2; expected one of .*q_len.*tiles"):
+        sweep("flash2", q_len=64, tile=3, output=path, errors="row")
+    with pytest.raises(ValueError, match=r"algorithm='flash22' is unknown; expected one of"):
+        sweep(["flash2", "flash22"], q_len=64, output=path, errors="row")
+    assert not path.exists()
+
+
+def check_executor(executor, real_rows, path):
+    """Assert that an executor's rows are the serial ones, for a fresh file and for an interrupted one."""
+    assert sweep(**REAL_GRID, output=path, executor=executor) == real_rows
+    assert_complete(path, real_rows)
+    os.truncate(path, path.stat().st_size // 2)
+    assert 0 < len(read_rows(path)) < len(real_rows)
+    assert sweep(**REAL_GRID, output=path, executor=executor) == real_rows
+    assert_complete(path, real_rows)
+    # Block masks and plans travel, and errors come back as they are.
+    mask = simattn.BlockMask.from_array(np.tri(4, dtype=bool), q_block=64, kv_block=64)
+    plan = simattn.default_plan("flash2", q_len=256, block_mask=mask)
+    objects = {"algorithm": "flash2", "q_len": 256, "block_mask": [mask, None], "plan": [plan, "paper"]}
+    assert sweep(**objects, executor=executor) == sweep(**objects)
+    with pytest.raises(simattn.CapacityError) as raised:
+        sweep("flash2", q_len=64, sram_bytes=[1 << 20, 1], executor=executor)
+    assert "while counting" in raised.value.__notes__[0]
+
+
+def test_threads_equal_serial(real_rows, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        check_executor(executor, real_rows, tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_processes_equal_serial(real_rows, tmp_path, start_method):
+    context = multiprocessing.get_context(start_method)
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as executor:
+        check_executor(executor, real_rows, tmp_path / "rows.jsonl")
+
+
+def test_dask_cluster_equals_serial(real_rows, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="needs the extra dask")
+    with (
+        # Port 0 is any free one: on its usual port the dashboard warns of a second cluster on the machine.
+        distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        check_executor(client.get_executor(), real_rows, tmp_path / "rows.jsonl")
+        with pytest.raises(TypeError, match=r"executor=.*that of a Dask client is client.get_executor\(\)"):
+            sweep(**REAL_GRID, executor=client)
+
+
 @pytest.mark.parametrize("max_in_flight", [1, 7, 512])
 def test_tasks_in_flight_are_bounded_and_results_may_come_in_any_order(stub, tmp_path, max_in_flight):
     path = tmp_path / "rows.jsonl"
@@ -569,8 +693,9 @@ def test_tasks_in_flight_are_bounded_and_results_may_come_in_any_order(stub, tmp
         nonlocal most_in_flight
         waiting = [future for future in executor.futures if not future.done()]
         most_in_flight = max(most_in_flight, len(waiting))
-        if len(waiting) == max_in_flight or sum(future.n_points for future in executor.futures) >= 3000:
-            for future in waiting[::-2]:
+        n_submitted = sum(future.n_points for future in executor.futures)
+        if n_submitted == 3000 or len(waiting) == max_in_flight:
+            for future in waiting[:: -1 if n_submitted == 3000 else -2]:
                 future.run()
 
     executor = ScriptedExecutor(after_submit)
@@ -596,8 +721,8 @@ def test_error_in_a_chunk_keeps_the_rows_before_it(stub, tmp_path):
         concurrent.futures.ThreadPoolExecutor(1) as executor,
         pytest.raises(RuntimeError, match="a mistake") as raised,
     ):
-        sweep("a", q_len=range(20), output=path, executor=executor, max_in_flight=1)
-    assert "q_len': 13" in raised.value.__notes__[0]
+        sweep("a", q_len=[*range(13), MISTAKE, 14], output=path, executor=executor, max_in_flight=1)
+    assert f"q_len': {MISTAKE}" in raised.value.__notes__[0]
     assert read_rows(path).column("q_len") == list(range(13))
 
 

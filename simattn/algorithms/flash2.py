@@ -98,9 +98,7 @@ def forward(machine: Machine, problem: AttentionProblem, plan: Flash2Plan) -> No
             update_softmax(machine, state, scores, v, hidden, staged_as=staged_as)
         # finish
         value_descale = descales(machine, "v")
-        finish_softmax(
-            machine, state, arrays, query_rows, descales=value_descale, staged=plan.stage_results
-        )
+        finish_softmax(machine, state, arrays, query_rows, descales=value_descale, staged=plan.stage_results)
 
 
 def backward(machine: Machine, problem: AttentionProblem, plan: Flash2Plan) -> None:

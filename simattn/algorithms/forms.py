@@ -124,9 +124,7 @@ def grouped_gradient_traffic(problem: AttentionProblem, plan: Plan) -> list[Mapp
             expanded = matrix_bytes(problem, problem.kv_len, columns)
             parts.append({f"{name}_expanded": written(expanded) + read(expanded)})
         elif grouped == "reduce":
-            sums = matrix_bytes(
-                problem, problem.kv_len, columns, heads=problem.kv_heads, dtype="float32"
-            )
+            sums = matrix_bytes(problem, problem.kv_len, columns, heads=problem.kv_heads, dtype="float32")
             added = matrix_bytes(problem, problem.kv_len, columns, dtype="float32")
             parts.append({f"{name}_accumulator": written(sums) + reduced(added) + read(sums)})
     return parts

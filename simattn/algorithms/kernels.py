@@ -44,9 +44,7 @@ def declare_forward(machine: Machine, problem: AttentionProblem, plan: Plan) -> 
         q=machine.arrays["q"],
         k=keys,
         v=values,
-        out=machine.array(
-            "out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="output"
-        ),
+        out=machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="output"),
         lse=machine.array("lse", problem.q_len, 1, role="saved"),
     )
 
@@ -68,9 +66,7 @@ def declare_backward(machine: Machine, problem: AttentionProblem, plan: Plan) ->
         )
         for name in rows
     }
-    return BackwardArrays(
-        q=machine.arrays["q"], k=keys, v=values, dout=machine.arrays["dout"], **gradients
-    )
+    return BackwardArrays(q=machine.arrays["q"], k=keys, v=values, dout=machine.arrays["dout"], **gradients)
 
 
 def fill(machine: Machine, array: Array, value: float, plan: Plan) -> None:
@@ -173,12 +169,12 @@ class GroupedGradient:
         """Whether a thread block serves one query head, or a KV head and so its whole group."""
         return "kv" if self.grouped == "loop" else "query"
 
-    def add(self, machine: Machine, tile: Tile, rows: Rows) -> None:
+    def add(self, machine: Machine, tile: Tile, rows: Rows, columns: Rows | None = None) -> None:
         """Hand in the sum of one thread block."""
         if self.reduces:
-            machine.reduce(tile, self.partial, rows)
+            machine.reduce(tile, self.partial, rows, columns)
         else:
-            machine.store(tile, self.partial, rows)
+            machine.store(tile, self.partial, rows, columns)
 
     def finish(self, machine: Machine, plan: Plan) -> None:
         """Sum or convert what the thread blocks handed in."""

@@ -32,7 +32,7 @@ from simattn.algorithms.steps import (
 )
 from simattn.machine import Array, Machine, Tile
 from simattn.masks import Rows
-from simattn.plan import Plan, check_choice
+from simattn.plan import Direction, Plan, Tiles, check_choice
 from simattn.problem import AttentionProblem
 from simattn.traffic import Traffic
 
@@ -80,18 +80,14 @@ def forward(machine: Machine, problem: AttentionProblem, plan: OnlineSoftmaxPlan
                 # load
                 k = machine.load(arrays.k, key_rows)
                 # compute
-                scores, _ = masked_scores(
-                    machine, q, k, query_rows, key_rows, place=place, descales=factors
-                )
+                scores, _ = masked_scores(machine, q, k, query_rows, key_rows, place=place, descales=factors)
                 update_statistics(machine, statistic, scores, state.row_max, state.row_sum)
         for key_rows in machine.tiles(problem.visible_keys(query_rows), tiles.kv):
             # load
             k = machine.load(arrays.k, key_rows)
             v = machine.load(arrays.v, key_rows)
             # compute
-            scores, hidden = masked_scores(
-                machine, q, k, query_rows, key_rows, place=place, descales=factors
-            )
+            scores, hidden = masked_scores(machine, q, k, query_rows, key_rows, place=place, descales=factors)
             if plan.passes == 1:
                 update_softmax(machine, state, scores, v, hidden)
             else:
@@ -150,9 +146,7 @@ def backward(machine: Machine, problem: AttentionProblem, plan: OnlineSoftmaxPla
             )
             machine.scale(dscores, problem.scale)
             machine.matmul(dscores, k, place=place, hidden=hidden, into=dq)
-            dv = machine.matmul(
-                probabilities, dout, place=place, name="dv", transpose_a=True, hidden=hidden
-            )
+            dv = machine.matmul(probabilities, dout, place=place, name="dv", transpose_a=True, hidden=hidden)
             dk = machine.matmul(dscores, q, place=place, name="dk", transpose_a=True, hidden=hidden)
             # finish
             dv_total.add(machine, dv, key_rows)
@@ -254,6 +248,12 @@ def closed_form_backward(problem: AttentionProblem, plan: OnlineSoftmaxPlan) -> 
 
 # Plans
 
+
+def fit_tiles(problem: AttentionProblem, size: int, direction: Direction) -> Tiles:
+    """Tiles that grow along the queries, the outer loop's axis in both directions, and along the keys up to d."""
+    return flash2.fit_tiles(problem, size, "forward")
+
+
 ALGORITHM = Algorithm(
     name="online_softmax",
     title="Online softmax",
@@ -263,7 +263,7 @@ ALGORITHM = Algorithm(
     programs={"forward": forward, "backward": backward},
     closed_forms={"forward": closed_form_forward, "backward": closed_form_backward},
     paper_tiles=flash2.paper_tiles,
-    fit_tiles=flash2.fit_tiles,
+    fit_tiles=fit_tiles,
     gpu_tiles=flash2.gpu_tiles,
     declare_saved=declare_saved,
 )

@@ -14,7 +14,7 @@ from simattn.algorithms.algorithm import Algorithm
 from simattn.algorithms.kernels import declare_forward, descales, fill
 from simattn.hardware import Hardware
 from simattn.machine import Machine
-from simattn.plan import Direction, Plan, Tiles, candidates
+from simattn.plan import Direction, Plan, Tiles, candidates, cubic_tiles, depth_of
 from simattn.problem import AttentionProblem
 from simattn.traffic import Traffic
 
@@ -24,11 +24,6 @@ from simattn.traffic import Traffic
 @dataclass(frozen=True, kw_only=True)
 class SmallCachePlan(Plan):
     """Plan of the small-cache program: ``tiles.depth`` columns of the head and value dimensions at a time."""
-
-
-def depth_of(plan: Plan, columns: int) -> int:
-    """Return the columns of a chunk: the plan's, and no more than there are."""
-    return columns if plan.tiles.depth is None else min(plan.tiles.depth, columns)
 
 
 # Tiled program
@@ -117,13 +112,8 @@ def closed_form_forward(problem: AttentionProblem, plan: SmallCachePlan) -> Traf
 
 
 def paper_tiles(problem: AttentionProblem, sram_elements: int, direction: Direction) -> Tiles:
-    """b = √(M/4): a tile of scores beside two or three tiles as large."""
-    return fit_tiles(problem, max(1, math.isqrt(sram_elements // 4)))
-
-
-def fit_tiles(problem: AttentionProblem, size: int) -> Tiles:
-    """Cubes, as deep as the head dimension at most."""
-    return Tiles(q=size, kv=size, depth=min(size, max(problem.head_dim, problem.value_dim)))
+    """B = √(M/4): a tile of scores beside two or three tiles as large."""
+    return cubic_tiles(problem, max(1, math.isqrt(sram_elements // 4)), direction)
 
 
 def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:
@@ -140,6 +130,6 @@ ALGORITHM = Algorithm(
     programs={"forward": forward},
     closed_forms={"forward": closed_form_forward},
     paper_tiles=paper_tiles,
-    fit_tiles=fit_tiles,
+    fit_tiles=cubic_tiles,
     gpu_tiles=gpu_tiles,
 )

@@ -1,0 +1,411 @@
+"""The command line: ``simattn report``, ``claims``, ``count``, ``sweep`` and ``hardware``.
+
+Data goes to standard output and progress to standard error, the latter only when that is a terminal. The exit code is 0,
+1 when a claim that should hold does not or a count contradicts its closed form, 2 for a mistake in the arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+OK, FAILED, WRONG_ARGUMENTS = 0, 1, 2
+INTERRUPTED, CLOSED_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
+
+_SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_NUMBERS = "Integers may have underscores and the suffixes k, M, G and T, powers of 1024: 128k is 131072."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Parameters
+    ----------
+    argv
+        Arguments without the program's name; default those of the process.
+
+    Returns
+    -------
+    int
+        0; 1 when a claim that should hold does not, or a count contradicts its closed form; 2 for wrong arguments.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        code: int = arguments.command(arguments)
+        sys.stdout.flush()
+    except _WrongArgumentsError as error:
+        print(f"simattn: error: {error}", file=sys.stderr)
+        return WRONG_ARGUMENTS
+    except SystemExit as finished:  # --help and --version
+        return finished.code if isinstance(finished.code, int) else OK
+    except KeyboardInterrupt:
+        print("simattn: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left, as `head` does; the interpreter would fail again on flushing what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    return code
+
+
+class _WrongArgumentsError(Exception):
+    """A mistake of the user: one line, no traceback."""
+
+
+@contextlib.contextmanager
+def _wrong_arguments() -> Iterator[None]:
+    """Turn the errors that a call raises for its arguments into one line each."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise _WrongArgumentsError(" ".join(str(error).split())) from error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _WrongArgumentsError(f"{message}; see {self.prog} --help")
+
+
+# Arguments
+
+
+def _integer(text: str) -> int:
+    digits, factor = text, 1
+    if text and text[-1].lower() in _SUFFIXES:
+        digits, factor = text[:-1], _SUFFIXES[text[-1].lower()]
+    try:
+        return int(digits) * factor
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected an integer such as 4096, 1_000_000 or 128k"
+        ) from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number") from None
+
+
+def _window(text: str) -> tuple[int | None, int | None]:
+    sides = text.split(",")
+    if len(sides) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected LEFT,RIGHT, each an integer or 'none'")
+    left, right = (None if side.lower() in ("none", "-") else _integer(side) for side in sides)
+    return left, right
+
+
+def _integers(form: str, counts: tuple[int, ...]) -> Callable[[str], tuple[int, ...]]:
+    def parse(text: str) -> tuple[int, ...]:
+        parts = text.split(",")
+        if len(parts) not in counts:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {form}")
+        return tuple(map(_integer, parts))
+
+    return parse
+
+
+def _flag(text: str) -> bool:
+    choices = {"true": True, "yes": True, "false": False, "no": False}
+    if text.lower() not in choices:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+    return choices[text.lower()]
+
+
+def _plan_value(text: str) -> Any:
+    for parse in (_integer, _flag):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return parse(text)
+    return text
+
+
+def _option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE")
+    return name, value
+
+
+def _axis(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse_all(text: str) -> list[Any]:
+        return [parse(part) for part in text.split(",")]
+
+    return parse_all
+
+
+@dataclasses.dataclass(frozen=True)
+class _Argument:
+    """An argument of :func:`simattn.count` with one value, or in a sweep several separated by commas."""
+
+    name: str
+    parse: Callable[[str], Any]
+    metavar: str
+    help: str
+
+
+_SCALARS = (
+    _Argument("q_len", _integer, "ROWS", "rows of the queries"),
+    _Argument("kv_len", _integer, "ROWS", "rows of the keys and values (default: q_len)"),
+    _Argument("batch", _integer, "COUNT", "sequences (default: 1)"),
+    _Argument("heads", _integer, "COUNT", "query heads of each sequence (default: 1)"),
+    _Argument("kv_heads", _integer, "COUNT", "key/value heads; must divide heads (default: heads)"),
+    _Argument("head_dim", _integer, "COLUMNS", "columns of queries and keys (default: 64)"),
+    _Argument("value_dim", _integer, "COLUMNS", "columns of the values (default: head_dim)"),
+    _Argument(
+        "dtype", str, "NAME", "storage format, e.g. float32, bfloat16, float8_e4m3fn (default: bfloat16)"
+    ),
+    _Argument("scale", _number, "FACTOR", "factor of the scores (default: 1/√head_dim)"),
+    _Argument("direction", str, "NAME", "forward, or backward without its forward (default: forward)"),
+    _Argument("plan", str, "KIND", "gpu, fit or paper (default: gpu; fit if sram_bytes is given)"),
+    _Argument("hardware", str, "GPU", "row of `simattn hardware` (default: H100-SXM)"),
+    _Argument("sram_bytes", _integer, "BYTES", "SRAM of a thread block, in place of the GPU's"),
+)
+_WINDOW_HELP = "keys seen left and right of the query's position, both ends included, 'none' for no limit"
+_TILES_HELP = "rows of the query and key tiles, and columns handled at a time"
+_OPTION_HELP = "a field of the algorithm's plan, e.g. dq=deterministic; may be repeated"
+
+
+def _add_problem(parser: argparse.ArgumentParser, *, axes: bool) -> None:
+    """Add the arguments of a count; with ``axes`` each takes several values."""
+    several = " (commas separate the values of an axis)" if axes else ""
+    group = parser.add_argument_group("problem and plan" + several)
+    for argument in _SCALARS:
+        parse = _axis(argument.parse) if axes else argument.parse
+        metavar = f"{argument.metavar}[,…]" if axes else argument.metavar
+        group.add_argument(_flag_name(argument.name), type=parse, metavar=metavar, help=argument.help)
+    pairs: dict[str, Any] = {"action": "append"} if axes else {}
+    again = "; repeat it for an axis" if axes else ""
+    if axes:
+        group.add_argument(
+            "--causal", type=_axis(_flag), nargs="?", const=[True], metavar="BOOL[,…]", help="hide later keys"
+        )
+    else:
+        group.add_argument("--causal", action="store_true", default=None, help="hide later keys")
+    group.add_argument("--window", type=_window, metavar="LEFT,RIGHT", help=_WINDOW_HELP + again, **pairs)
+    parse_tiles = _integers("Q,KV or Q,KV,DEPTH", (2, 3))
+    group.add_argument("--tiles", type=parse_tiles, metavar="Q,KV[,DEPTH]", help=_TILES_HELP + again, **pairs)
+    group.add_argument(
+        "--option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE" + "[,…]" * axes,
+        help=_OPTION_HELP,
+    )
+    group.add_argument(
+        "--block-mask", metavar="FILE.npy", help="boolean array (q_blocks, kv_blocks): a block-sparse mask"
+    )
+    parse_block = _integers("Q,KV", (2,))
+    group.add_argument(
+        "--block-size", type=parse_block, metavar="Q,KV", help="rows and columns of a block of that mask"
+    )
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _problem(arguments: argparse.Namespace, *, axes: bool) -> dict[str, Any]:
+    """Return the arguments that were given, by the names that :func:`simattn.count` takes."""
+    names = [*(argument.name for argument in _SCALARS), "causal", "window", "tiles"]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    for name, text in arguments.option:
+        if name in given:
+            raise _WrongArgumentsError(f"--option {name}={text}: {name} is given already")
+        given[name] = _axis(_plan_value)(text) if axes else _plan_value(text)
+    if (arguments.block_mask is None) != (arguments.block_size is None):
+        raise _WrongArgumentsError("--block-mask FILE.npy and --block-size Q,KV: expected both or neither")
+    if arguments.block_mask is not None:
+        given["block_mask"] = _block_mask(arguments.block_mask, *arguments.block_size)
+    if "q_len" not in given:
+        raise _WrongArgumentsError("--q-len is missing: expected the rows of the queries")
+    return given
+
+
+def _block_mask(path: str, q_block: int, kv_block: int) -> Any:
+    import numpy as np
+
+    from simattn.masks import BlockMask
+
+    with _wrong_arguments():
+        return BlockMask.from_array(np.load(path), q_block=q_block, kv_block=kv_block)
+
+
+def _add_formats(parser: argparse.ArgumentParser, *, csv: bool = True) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print JSON")
+    if csv:
+        group.add_argument("--csv", action="store_true", help="print comma-separated values")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from simattn import __doc__ as description
+    from simattn import __version__
+    from simattn.algorithms import ALGORITHMS
+
+    parser = _Parser(prog="simattn", description=description)
+    parser.add_argument("--version", action="version", version=f"simattn {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], text: str, epilog: str = ""
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog
+        )
+        added.set_defaults(command=command)
+        return added
+
+    algorithms = f"Algorithms: {', '.join(ALGORITHMS)}. {_NUMBERS}"
+    report = add(
+        "report", _report, "count every algorithm, check every claim, write a page with plots and tables"
+    )
+    report.add_argument("--output", default="simattn-report", metavar="FOLDER", help="default: %(default)s")
+    report.add_argument("--hardware", metavar="GPU", help="GPU whose tiles are counted (default: H100-SXM)")
+    _add_formats(report, csv=False)
+    claims = add("claims", _claims, "check every claim of the papers")
+    _add_formats(claims)
+    count = add("count", _count, "count the bytes that one program moves", algorithms)
+    count.add_argument("algorithm", metavar="ALGORITHM")
+    _add_problem(count, axes=False)
+    count.add_argument(
+        "--closed-form", action="store_true", help="evaluate the formula instead; it has no SRAM traffic"
+    )
+    _add_formats(count)
+    sweep = add("sweep", _sweep, "count every point of a grid, resumable from its output file", algorithms)
+    sweep.add_argument("algorithm", type=_axis(str), metavar="ALGORITHM[,…]")
+    _add_problem(sweep, axes=True)
+    sweep.add_argument(
+        "--output", metavar="FILE.jsonl", help="receives each row as it is finished; resumed if it exists"
+    )
+    sweep.add_argument(
+        "--workers", type=_integer, metavar="COUNT", help="processes that count (default: this one)"
+    )
+    sweep.add_argument(
+        "--errors",
+        choices=("raise", "row"),
+        default="raise",
+        help="stop at a point that cannot be counted, or keep its message",
+    )
+    _add_formats(sweep)
+    hardware = add("hardware", _hardware, "print every figure of every GPU with its source")
+    hardware.add_argument("name", nargs="*", metavar="GPU", help="default: all")
+    _add_formats(hardware)
+    return parser
+
+
+# Commands
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from simattn import report
+    from simattn.hardware import get_hardware
+    from simattn.planning import DEFAULT_HARDWARE
+    from simattn.tables import json_text
+
+    with _wrong_arguments():
+        gpu = get_hardware(arguments.hardware or DEFAULT_HARDWARE)
+        Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    built = report.build_report(hardware=gpu)
+    page = built.write(arguments.output)
+    print(
+        json_text({**built.tables, "ok": built.ok, "page": str(page)})
+        if arguments.json
+        else f"{built}\nPage: {page}"
+    )
+    return OK if built.ok else FAILED
+
+
+def _claims(arguments: argparse.Namespace) -> int:
+    from simattn import report
+
+    rows = report.claim_rows()
+    _print_rows(arguments, rows, lambda: report.claims_text(rows))
+    return OK if all(row["ok"] for row in rows) else FAILED
+
+
+def _count(arguments: argparse.Namespace) -> int:
+    from simattn.api import closed_form, profile
+
+    given = _problem(arguments, axes=False)
+    with _wrong_arguments():
+        run = profile(arguments.algorithm, **given)
+        traffic = closed_form(arguments.algorithm, **given) if arguments.closed_form else run.traffic
+    if arguments.json:
+        from simattn.tables import json_text
+
+        counted = {} if arguments.closed_form else _counted(run)
+        print(json_text({**_described(run), **counted, "traffic": list(traffic.rows())}))
+    else:
+        _print_rows(arguments, list(traffic.rows()), lambda: repr(traffic if arguments.closed_form else run))
+    return OK
+
+
+def _described(run: Any) -> dict[str, Any]:
+    problem = {field.name: getattr(run.problem, field.name) for field in dataclasses.fields(run.problem)}
+    if run.problem.block_mask is not None:
+        problem["block_mask"] = run.problem.block_mask.fingerprint()
+    return {
+        "algorithm": run.algorithm,
+        "direction": run.direction,
+        "problem": problem,
+        "plan": dataclasses.asdict(run.plan),
+    }
+
+
+def _counted(run: Any) -> dict[str, Any]:
+    return {
+        "operations": dataclasses.asdict(run.operations),
+        "peak_sram_bytes": run.peak_sram_bytes,
+        "peak_register_bytes": run.peak_register_bytes,
+        "hbm_bytes_by_role": run.hbm_bytes_by_role,
+    }
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from concurrent.futures import ProcessPoolExecutor
+
+    from simattn.sweep import sweep
+
+    given = _problem(arguments, axes=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_wrong_arguments())
+        executor = None
+        if arguments.workers is not None:
+            executor = stack.enter_context(ProcessPoolExecutor(max_workers=arguments.workers))
+        rows = sweep(
+            arguments.algorithm, output=arguments.output, executor=executor, errors=arguments.errors, **given
+        )
+    _print_rows(arguments, rows, lambda: repr(rows))
+    return OK
+
+
+def _hardware(arguments: argparse.Namespace) -> int:
+    from simattn import report
+    from simattn.hardware import get_hardware, table
+
+    with _wrong_arguments():
+        names = [get_hardware(name).name for name in arguments.name]
+    rows = [row for row in table() if not names or row["hardware"] in names]
+    _print_rows(arguments, rows, lambda: report.hardware_text(rows))
+    return OK
+
+
+def _print_rows(
+    arguments: argparse.Namespace, rows: Sequence[dict[str, Any]], text: Callable[[], str]
+) -> None:
+    from simattn.tables import csv_text, json_text
+
+    if arguments.json:
+        print(json_text(rows))
+    elif arguments.csv:
+        print(csv_text(rows), end="")
+    else:
+        print(text())

@@ -1,0 +1,612 @@
+"""Pictures of counted traffic: against length, against SRAM size, by array, and the roofline.
+
+Every function draws into the Axes it is given, or into a new figure of its own, and returns the Axes. None
+touches pyplot, so no global backend is chosen: save with ``axes.figure.savefig(...)``.
+
+>>> axes = traffic_against_length(["standard", "flash2"], heads=32, head_dim=128, causal=True)
+>>> axes.figure.savefig("length.png")                                                    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from simattn.algorithms import ALGORITHMS, get_algorithm
+from simattn.api import Run, profile
+from simattn.arithmetic.formats import ITEM_BYTES, storage_name
+from simattn.hardware import Hardware, get_hardware
+from simattn.machine import CapacityError
+from simattn.roofline import attainable_flops_per_second, ridge_point
+from simattn.tables import byte_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "RooflinePoint",
+    "algorithm_style",
+    "roofline",
+    "traffic_against_length",
+    "traffic_against_sram",
+    "traffic_by_array",
+]
+
+INK = "#24292f"
+"""Text and axes."""
+
+MUTED = "#6e7781"
+"""Reference lines and their labels."""
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's colours, distinct under the common kinds of colour blindness."""
+
+_DASHES = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 3)), (0, (4, 1, 1, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+LENGTHS = tuple(1 << exponent for exponent in range(10, 21))
+"""Default sequence lengths."""
+
+_ARRAY_COLOURS = {
+    "q": "#0072b2",
+    "k": "#56b4e9",
+    "v": "#9bd3f2",
+    "out": "#009e73",
+    "dout": "#66c2a5",
+    "scores": "#d55e00",
+    "probabilities": "#e69f00",
+    "dscores": "#f0c95c",
+    "dprobabilities": "#f5e0a0",
+    "dq": "#cc79a7",
+    "dq_accumulator": "#8e4585",
+    "dk": "#b9a0d0",
+    "dv": "#dccbe6",
+}
+_SPARE_COLOURS = ("#7f6000", "#a6761d", "#8c8c4f", "#5f6b6d", "#b07aa1", "#86bcb6")
+_OTHER_COLOUR = "#b8bec5"
+_SMALLEST_SHARE = 0.01
+
+
+class RooflinePoint(NamedTuple):
+    """One program under the roof.
+
+    Attributes
+    ----------
+    name
+        Label; colour and marker follow the algorithm and the direction if it begins with their names.
+    intensity
+        Matrix-product operations per byte between memory and multiprocessors.
+    flops_per_second
+        Rate attained, or the rate that a bound allows.
+    """
+
+    name: str
+    intensity: float
+    flops_per_second: float
+
+
+def algorithm_style(algorithm: str) -> dict[str, Any]:
+    """Return the line properties of an algorithm, the same in every picture: colour, dashes and marker."""
+    names = list(ALGORITHMS)
+    index = names.index(algorithm) if algorithm in ALGORITHMS else len(names)
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "linestyle": _DASHES[index % len(_DASHES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+    }
+
+
+def traffic_against_length(
+    algorithms: Iterable[str] | None = None,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    direction: str = "forward",
+    ax: Axes | None = None,
+    **arguments: Any,
+) -> Axes:
+    """Draw the bytes between memory and multiprocessors against the sequence length.
+
+    Parameters
+    ----------
+    algorithms
+        Names; default every algorithm that has the direction.
+    lengths
+        Rows of queries and of keys.
+    direction
+        "forward" or "backward".
+    ax
+        Where to draw; default a new figure.
+    **arguments
+        Further arguments of :func:`simattn.count`.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        One line per algorithm, and a dashed one for inputs and outputs moved once.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`simattn.count`, or if there is no algorithm or no length.
+    """
+    names = _checked_names(algorithms, direction)
+    lengths = _checked_axis("lengths", lengths)
+    ax = _axes(ax)
+    ends: list[_End] = []
+    once: list[int] = []
+    for name in names:
+        runs = [profile(name, q_len=length, direction=direction, **arguments) for length in lengths]
+        once = [run.hbm_bytes_by_role["input"] + run.hbm_bytes_by_role["output"] for run in runs]
+        line = ax.plot(lengths, [run.traffic.hbm_bytes for run in runs], label=name, **_line(name))[0]
+        ends.append(_End.of(line))
+    line = ax.plot(lengths, once, label="inputs and outputs once", **_reference())[0]
+    ends.append(_End.of(line))
+    _bytes_axis(ax)
+    _powers_of_two_axis(ax, lengths)
+    ax.set_xlabel("sequence length (tokens)")
+    ax.set_title(_title(direction, arguments), loc="left")
+    _label_ends(ax, ends)
+    return ax
+
+
+def traffic_against_sram(
+    algorithms: Iterable[str] | None = None,
+    *,
+    sram_bytes: Sequence[int] | None = None,
+    q_len: int = 1 << 14,
+    head_dim: int = 128,
+    dtype: str = "float32",
+    direction: str = "forward",
+    ax: Axes | None = None,
+    **arguments: Any,
+) -> Axes:
+    """Draw the bytes between memory and multiprocessors against the SRAM of a thread block.
+
+    Each point uses the largest tiles that fit (plan "fit"); a line begins where the smallest tiles fit. Dashed
+    lines show N²d²/M and, below the knee at M = d², N²d/√M, both with constant 1: the shape that no algorithm
+    with standard matrix products can beat.
+
+    Parameters
+    ----------
+    algorithms
+        Names; default every algorithm that has the direction.
+    sram_bytes
+        Sizes; default from d/2 to 16·d² elements.
+    q_len, head_dim, dtype
+        Length of queries and keys, columns of every array, and storage format.
+    direction
+        "forward" or "backward".
+    ax
+        Where to draw; default a new figure.
+    **arguments
+        Further arguments of :func:`simattn.count`.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        One line per algorithm that fits anywhere, two reference lines and the knee; M is in elements.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`simattn.count`, or if there is no algorithm or no size.
+
+    References
+    ----------
+    Saha and Ye 2024, arXiv 2402.07443, Theorem 3.1.
+    """
+    names = _checked_names(algorithms, direction)
+    item_bytes = ITEM_BYTES[storage_name(dtype)]
+    knee = head_dim * head_dim
+    if sram_bytes is None:
+        sram_bytes = [size * item_bytes for size in _half_octaves(head_dim // 2, 16 * knee)]
+    sizes = _checked_axis("sram_bytes", sram_bytes)
+    shape = {"q_len": q_len, "head_dim": head_dim, "dtype": dtype, **arguments}
+    ax = _axes(ax)
+    ends: list[_End] = []
+    for name in names:
+        points = _fitting_traffic(name, sizes, direction=direction, **shape)
+        if not points:
+            continue
+        elements, traffic = zip(*((size / item_bytes, count) for size, count in points), strict=True)
+        style = {**_line(name), "marker": ""}
+        ends.append(_End.of(ax.plot(elements, traffic, label=name, **style)[0]))
+    heads = arguments.get("batch", 1) * arguments.get("heads", 1)
+    smallest, largest = sizes[0] / item_bytes, sizes[-1] / item_bytes
+    whole = heads * item_bytes * q_len**2
+    for label, start, stop, elements_at in (
+        ("N²d/√M", smallest, min(largest, knee), lambda m: head_dim / math.sqrt(m)),
+        ("N²d²/M", max(smallest, knee), largest, lambda m: knee / m),
+    ):
+        if start < stop:
+            ends_at = [whole * elements_at(start), whole * elements_at(stop)]
+            ax.plot([start, stop], ends_at, label=label, **_reference())
+            middle = math.sqrt(start * stop)
+            ax.annotate(
+                label,
+                (middle, whole * elements_at(middle)),
+                xytext=(-3, -4),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                color=MUTED,
+            )
+    _bytes_axis(ax)
+    _powers_of_two_axis(ax, [size / item_bytes for size in sizes])
+    if smallest <= knee <= largest:
+        ax.axvline(knee, color=MUTED, linewidth=0.8, label="M = d²")
+        ax.annotate(
+            "M = d²",
+            (knee, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -4),
+            textcoords="offset points",
+            va="top",
+            color=MUTED,
+        )
+    ax.set_xlabel(f"SRAM of a thread block, M ({dtype} elements)")
+    ax.set_title(_title(direction, shape), loc="left")
+    _label_ends(ax, ends)
+    return ax
+
+
+def roofline(
+    hardware: str | Hardware,
+    points: Iterable[RooflinePoint | tuple[str, float, float]],
+    *,
+    dtype: str = "bfloat16",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a GPU's roofs and programs under them.
+
+    Parameters
+    ----------
+    hardware
+        Row, or its name.
+    points
+        Programs: name, intensity in FLOP per byte, and FLOP per second.
+    dtype
+        Storage format of the matrix operands, which sets the flat roof.
+    ax
+        Where to draw; default a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        One line per memory level whose bandwidth is published, HBM and L2, and one marker per point.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the hardware is unknown or lacks the format, or a point's numbers are not above 0.
+    """
+    row = get_hardware(hardware)
+    placed = [RooflinePoint(*point) for point in points]
+    for point in placed:
+        if not (0 < point.intensity < math.inf and 0 < point.flops_per_second < math.inf):
+            raise ValueError(f"point {point}: expected finite numbers above 0")
+    ax = _axes(ax)
+    ridge = ridge_point(row, dtype)
+    seen = [ridge / 16, ridge * 4, *(point.intensity for point in placed)]
+    low, high = min(seen) / 2, max(seen) * 2
+    for level, width in (("hbm", 1.6), ("l2", 0.9)):
+        if level == "l2" and row.l2_bytes_per_second is None:
+            continue
+        corner = ridge_point(row, dtype, level)
+        at = [low, min(max(corner, low), high), high]
+        rates = [attainable_flops_per_second(intensity, row, dtype, level) for intensity in at]
+        bandwidth = row.bytes_per_second(level) / 1e12
+        ax.plot(
+            at, rates, color=INK, linewidth=width, zorder=1.5, label=f"{level.upper()}, {bandwidth:.3g} TB/s"
+        )
+        _label_slope(ax, at[0], rates[0], f"{level.upper()} {bandwidth:.3g} TB/s")
+    peak = row.matmul_flops_per_second(dtype)
+    ax.annotate(
+        f"{dtype} matrix products {peak / 1e12:.0f} TFLOP/s",
+        (high, peak),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        color=MUTED,
+    )
+    for point in placed:
+        words = point.name.split()
+        style = algorithm_style(words[0])
+        hollow = "backward" in words
+        ax.plot(
+            [point.intensity],
+            [point.flops_per_second],
+            linestyle="",
+            marker=style["marker"],
+            markersize=7,
+            markeredgewidth=1.6,
+            markeredgecolor=style["color"],
+            markerfacecolor="none" if hollow else style["color"],
+            label=point.name,
+        )
+    ax.set(xscale="log", yscale="log", xlim=(low, high))
+    lowest = min([peak / 64, *(point.flops_per_second / 2 for point in placed)])
+    ax.set_ylim(lowest, peak * 2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value / 1e12:g}")
+    ax.set_xlabel("matrix-product FLOP per byte between memory and multiprocessors")
+    ax.set_ylabel("TFLOP/s")
+    ax.set_title(row.name, loc="left")
+    if placed:
+        handles = [line for line in ax.get_lines() if line.get_linestyle() == "None"]
+        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
+    return ax
+
+
+def traffic_by_array(runs: Iterable[Run] | Mapping[str, Run], *, ax: Axes | None = None) -> Axes:
+    """Draw each program's bytes between memory and multiprocessors as a bar, stacked by array.
+
+    Parameters
+    ----------
+    runs
+        Results of :func:`simattn.profile`, or such results by label.
+    ax
+        Where to draw; default a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        One horizontal bar per run. Arrays below 1 % of the longest bar in every run are drawn as "other".
+
+    Raises
+    ------
+    ValueError
+        If there is no run.
+    """
+    labelled = (
+        dict(runs) if isinstance(runs, Mapping) else {f"{run.algorithm} {run.direction}": run for run in runs}
+    )
+    if not labelled:
+        raise ValueError("runs is empty: expected at least one result of simattn.profile")
+    moved = {label: _bytes_by_array(run) for label, run in labelled.items()}
+    longest = max(sum(parts.values()) for parts in moved.values())
+    ordered = sorted({name for parts in moved.values() for name in parts}, key=_array_rank)
+    shown = [
+        name
+        for name in ordered
+        if max(parts.get(name, 0) for parts in moved.values()) >= _SMALLEST_SHARE * longest
+    ]
+    colours = _colours_of_arrays(shown)
+    ax = _axes(ax, height=1.4 + 0.42 * len(moved))
+    labels = list(moved)
+    left = [0] * len(labels)
+    segments = [(name, [parts.get(name, 0) for parts in moved.values()]) for name in shown]
+    other = [sum(count for name, count in parts.items() if name not in shown) for parts in moved.values()]
+    if any(other):
+        segments.append(("other", other))
+    for name, widths in segments:
+        colour = colours.get(name, _OTHER_COLOUR)
+        ax.barh(
+            labels, widths, left=left, label=name, color=colour, edgecolor="white", linewidth=0.6, height=0.72
+        )
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for position, end in enumerate(left):
+        ax.annotate(
+            byte_text(end), (end, position), xytext=(4, 0), textcoords="offset points", va="center", color=INK
+        )
+    ax.set_xlim(0, longest * 1.14 or 1)
+    ax.invert_yaxis()
+    ax.xaxis.set_major_formatter(lambda value, _: byte_text(round(value)))
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel("bytes between memory and multiprocessors")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
+    return ax
+
+
+# Counting for the pictures
+
+
+def _checked_names(algorithms: Iterable[str] | None, direction: str) -> list[str]:
+    if algorithms is None:
+        names = [name for name, spec in ALGORITHMS.items() if direction in spec.programs]
+    else:
+        names = [algorithms] if isinstance(algorithms, str) else list(algorithms)
+        for name in names:
+            get_algorithm(name)
+    if not names:
+        raise ValueError(
+            f"algorithms={algorithms!r}: expected at least one algorithm with direction={direction!r}"
+        )
+    return names
+
+
+def _checked_axis(name: str, values: Sequence[int]) -> list[int]:
+    ordered = sorted(values)
+    if not ordered or ordered[0] < 1:
+        raise ValueError(f"{name}={values!r}: expected at least one value, all positive")
+    return ordered
+
+
+def _half_octaves(low: int, high: int) -> list[int]:
+    """Return integers from ``low`` to ``high`` that grow by √2."""
+    steps = round(2 * math.log2(high / low))
+    return [round(low * 2 ** (step / 2)) for step in range(steps + 1)]
+
+
+def _fitting_traffic(algorithm: str, sram_bytes: Sequence[int], **arguments: Any) -> list[tuple[int, int]]:
+    """Return (SRAM bytes, bytes moved) for the sizes that hold a tile."""
+    points = []
+    for size in sram_bytes:
+        try:
+            run = profile(algorithm, sram_bytes=size, plan="fit", **arguments)
+        except CapacityError:
+            continue
+        points.append((size, run.traffic.hbm_bytes))
+    return points
+
+
+def _bytes_by_array(run: Run) -> dict[str, int]:
+    parts = {
+        name: counters.hbm_read_bytes + counters.hbm_write_bytes + counters.hbm_reduce_bytes
+        for name, counters in run.traffic.by_array.items()
+    }
+    return {name: count for name, count in parts.items() if count}
+
+
+def _array_rank(name: str) -> tuple[int, str]:
+    known = list(_ARRAY_COLOURS)
+    return (known.index(name) if name in known else len(known), name)
+
+
+def _colours_of_arrays(names: Sequence[str]) -> dict[str, str]:
+    unknown = [name for name in names if name not in _ARRAY_COLOURS]
+    spare = dict(zip(unknown, islice(cycle(_SPARE_COLOURS), len(unknown)), strict=True))
+    return {name: _ARRAY_COLOURS.get(name) or spare[name] for name in names}
+
+
+def _title(direction: str, arguments: Mapping[str, Any]) -> str:
+    heads = arguments.get("heads", 1)
+    kv_heads = arguments.get("kv_heads") or heads
+    parts = [
+        direction,
+        f"{heads} head{'s' * (heads != 1)}" + (f" on {kv_heads} KV heads" if kv_heads != heads else ""),
+        f"head_dim {arguments.get('head_dim', 64)}",
+        str(arguments.get("dtype", "bfloat16")),
+        *(["causal"] if arguments.get("causal") else []),
+        *([f"N = {_power_text(arguments['q_len'])}"] if "q_len" in arguments else []),
+    ]
+    return ", ".join(parts)
+
+
+# Drawing
+
+
+def _axes(ax: Axes | None, *, height: float = 4.4) -> Axes:
+    """Return the Axes, or those of a new figure, with thin lines and a grid behind the data."""
+    if ax is None:
+        from matplotlib.figure import Figure
+
+        ax = Figure(figsize=(7.2, height), layout="constrained").add_subplot()
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(MUTED)
+    ax.grid(visible=True, color=MUTED, alpha=0.22, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.tick_params(which="both", color=MUTED)
+    return ax
+
+
+def _line(algorithm: str) -> dict[str, Any]:
+    return {**algorithm_style(algorithm), "linewidth": 1.8, "markersize": 4.5, "markeredgewidth": 0}
+
+
+def _reference() -> dict[str, Any]:
+    return {"color": MUTED, "linewidth": 1.1, "linestyle": (0, (4, 3))}
+
+
+def _power_text(value: float) -> str:
+    """Return a number with the binary suffix that divides it: 131072 is 128k."""
+    for suffix, factor in (("G", 1 << 30), ("M", 1 << 20), ("k", 1 << 10)):
+        if value >= factor and value % factor == 0:
+            return f"{value / factor:.0f}{suffix}"
+    return f"{value:g}"
+
+
+def _powers_of_two_axis(ax: Axes, values: Sequence[float]) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    ax.set_xscale("log", base=2)
+    low, high = math.ceil(math.log2(values[0])), math.floor(math.log2(values[-1]))
+    step = max(1, (high - low) // 6)
+    ax.xaxis.set_major_locator(FixedLocator([2.0**exponent for exponent in range(low, high + 1, step)]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(lambda value, _: _power_text(value))
+    ax.set_xlim(values[0] / 1.1, values[-1] * 1.1)
+
+
+def _bytes_axis(ax: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(base=10, numticks=12))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(lambda value, _: byte_text(round(value)))
+    ax.set_ylabel("bytes between memory and multiprocessors")
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where a line ends, and what to write there."""
+
+    text: str
+    x: float
+    y: float
+    colour: Any
+
+    @classmethod
+    def of(cls, line: Any) -> _End:
+        return cls(line.get_label(), line.get_xdata()[-1], line.get_ydata()[-1], line.get_color())
+
+
+def _label_ends(ax: Axes, ends: Sequence[_End]) -> None:
+    """Write each line's label right of its end, moved apart where labels would touch."""
+    ax.autoscale_view()
+    ax.set_xlim(ax.get_xlim())
+    ax.set_ylim(ax.get_ylim())
+    to_axes = ax.transData + ax.transAxes.inverted()
+    wanted = sorted(
+        ((float(to_axes.transform((end.x, end.y))[1]), end) for end in ends), key=lambda pair: pair[0]
+    )
+    size = float(_font_size())
+    height_points = ax.get_window_extent().height * 72 / ax.get_figure(root=True).dpi
+    gap = 1.35 * size / height_points
+    for (_, end), position in zip(wanted, _spread([height for height, _ in wanted], gap), strict=True):
+        ax.annotate(
+            end.text,
+            (end.x, end.y),
+            xytext=(1.04, position),
+            textcoords="axes fraction",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": end.colour, "linewidth": 0.9, "shrinkA": 1, "shrinkB": 2},
+            annotation_clip=False,
+        )
+
+
+def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Return ascending positions at least ``gap`` apart, each group of them centred on where it was wanted."""
+    groups: list[list[float]] = []  # each group: its wanted positions, placed around their mean
+    for position in wanted:
+        groups.append([position])
+        while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_bottom(group, gap) + index * gap for group in groups for index in range(len(group))]
+
+
+def _bottom(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _top(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) + gap * (len(group) - 1) / 2
+
+
+def _font_size() -> float:
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties
+
+    return FontProperties(size=rcParams["font.size"]).get_size_in_points()
+
+
+def _label_slope(ax: Axes, x: float, y: float, text: str) -> None:
+    """Write along a line of slope 1 that starts at (x, y) in logarithmic axes."""
+    ax.annotate(
+        text,
+        (x, y),
+        xytext=(4, 6),
+        textcoords="offset points",
+        rotation=45,
+        rotation_mode="anchor",
+        transform_rotates_text=True,
+        color=MUTED,
+        va="bottom",
+    )
