@@ -1,42 +1,22 @@
 """Counts every byte an attention algorithm moves through the memory hierarchy, and checks the papers' claims."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from simattn.algorithms import ALGORITHMS
-from simattn.api import Run, closed_form, count, default_plan, profile, run, run_backward
-from simattn.hardware import HARDWARE
-from simattn.machine import CapacityError, Operations
-from simattn.masks import BlockMask
-from simattn.plan import Plan, Tiles
-from simattn.problem import AttentionProblem
-from simattn.traffic import ArrayTraffic, Traffic
 
 if TYPE_CHECKING:
     from simattn import plots, report, testing
+    from simattn.algorithms import ALGORITHMS
+    from simattn.api import Run, closed_form, count, default_plan, profile, run, run_backward
     from simattn.claims import claims
+    from simattn.hardware import HARDWARE
+    from simattn.machine import CapacityError, Operations
+    from simattn.masks import BlockMask
+    from simattn.plan import Plan, Tiles
+    from simattn.problem import AttentionProblem
     from simattn.sweep import sweep
-
-# Loaded at first use: they need matplotlib or hypothesis, or are not needed to count and run.
-_LATER = {
-    "claims": "simattn.claims",
-    "plots": None,
-    "report": None,
-    "sweep": "simattn.sweep",
-    "testing": None,
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'simattn' has no attribute {name!r}")
-    module = _LATER[name]
-    if module is None:
-        return import_module(f"simattn.{name}")
-    value = getattr(import_module(module), name)
-    globals()[name] = value  # in place of the submodule, which the import has bound to the same name
-    return value
-
+    from simattn.traffic import ArrayTraffic, Traffic
 
 __all__ = [
     "ALGORITHMS",
@@ -62,3 +42,44 @@ __all__ = [
     "sweep",
     "testing",
 ]
+
+_MODULE_OF = {
+    **dict.fromkeys(["Run", "closed_form", "count", "default_plan", "profile", "run", "run_backward"], "api"),
+    **dict.fromkeys(["CapacityError", "Operations"], "machine"),
+    **dict.fromkeys(["Plan", "Tiles"], "plan"),
+    **dict.fromkeys(["ArrayTraffic", "Traffic"], "traffic"),
+    "ALGORITHMS": "algorithms",
+    "AttentionProblem": "problem",
+    "BlockMask": "masks",
+    "HARDWARE": "hardware",
+    "claims": "claims",
+    "sweep": "sweep",
+}
+_MODULES = ("plots", "report", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at its first use, so that importing the package costs next to nothing."""
+    if name in _MODULES:
+        return import_module(f"simattn.{name}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'simattn' has no attribute {name!r}")
+    value = getattr(import_module(f"simattn.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``simattn.claims`` and ``simattn.sweep`` functions when the modules that define them are imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and _MODULE_OF.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -120,19 +120,17 @@ def _request(
     sram_bytes: int | None = None,
     **options: Any,
 ) -> _Request:
+    optional = {"kv_heads": kv_heads, "kv_len": kv_len, "value_dim": value_dim, "scale": scale}
     problem = AttentionProblem(
         batch=batch,
         heads=heads,
-        kv_heads=kv_heads,
         q_len=q_len,
-        kv_len=kv_len,
         head_dim=head_dim,
-        value_dim=value_dim,
         dtype=dtype,
-        scale=scale,
         causal=causal,
         window=window,
         block_mask=block_mask,
+        **{name: value for name, value in optional.items() if value is not None},  # type: ignore[arg-type]
     )
     spec = checked_algorithm(algorithm, direction, problem)
     made, capacity = make_plan(
@@ -384,9 +382,7 @@ def run_backward(
     request = _request(algorithm, **shared, direction="backward", plan=plan, **options)
     kept = {name: value for name, value in options.items() if name != "tiles"}
     kept |= {name: getattr(request.plan, name) for name in ("repeat_kv", "enforce_capacity", "accumulators")}
-    before = _request(
-        algorithm, **shared, direction="forward", plan=plan if isinstance(plan, str) else None, **kept
-    )
+    before = _request(algorithm, **shared, direction="forward", plan=plan if isinstance(plan, str) else None, **kept)
     chosen, values = get_arithmetic(arithmetic), inputs.head_major(request.problem)
     forward = _simulated(before, chosen, values)
     machine = _simulated(request, chosen, values, forward)

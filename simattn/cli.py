@@ -64,7 +64,8 @@ def _wrong_arguments() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise _WrongArgumentsError(" ".join(str(error).split())) from error
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        raise _WrongArgumentsError(" ".join(f"{error}{notes}".split())) from error
 
 
 class _Parser(argparse.ArgumentParser):

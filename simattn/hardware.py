@@ -171,27 +171,21 @@ class Hardware:
         nested = ("sram_bytes_per_block", "shared_bytes_per_multiprocessor", "sram_bytes_per_multiprocessor")
         for inner, outer in pairwise(nested):
             if getattr(self, inner) > getattr(self, outer):
-                raise ValueError(
-                    f"{inner}={getattr(self, inner)}: expected at most {outer}={getattr(self, outer)}"
-                )
+                raise ValueError(f"{inner}={getattr(self, inner)}: expected at most {outer}={getattr(self, outer)}")
 
     def _check_matmul(self) -> None:
         rates = self.matmul_flops_per_second_by_dtype
         if not isinstance(rates, Mapping):
-            raise TypeError(
-                f"matmul_flops_per_second_by_dtype is a {type(rates).__name__}: expected a mapping"
-            )
+            raise TypeError(f"matmul_flops_per_second_by_dtype is a {type(rates).__name__}: expected a mapping")
         for dtype, rate in rates.items():
             if dtype not in MATMUL_DTYPES:
                 raise ValueError(
-                    f"matmul_flops_per_second_by_dtype has dtype={dtype!r}: "
-                    f"expected one of {', '.join(MATMUL_DTYPES)}"
+                    f"matmul_flops_per_second_by_dtype has dtype={dtype!r}: expected one of {', '.join(MATMUL_DTYPES)}"
                 )
             _check_rate(f"{_MATMUL}[{dtype}]", rate)
         if "float32" not in rates:
             raise ValueError(
-                f"matmul_flops_per_second_by_dtype has the formats {sorted(rates)}: "
-                "expected 'float32' among them"
+                f"matmul_flops_per_second_by_dtype has the formats {sorted(rates)}: expected 'float32' among them"
             )
         object.__setattr__(self, "matmul_flops_per_second_by_dtype", MappingProxyType(dict(rates)))
 
@@ -241,8 +235,7 @@ class Hardware:
         """
         if figure not in self.sources:
             raise ValueError(
-                f"figure={figure!r}: {self.name} has no such figure, "
-                f"expected one of {', '.join(self.sources)}"
+                f"figure={figure!r}: {self.name} has no such figure, expected one of {', '.join(self.sources)}"
             )
         return self.sources[figure]
 
@@ -274,8 +267,7 @@ class Hardware:
         rate: float | None = getattr(self, f"{level}_bytes_per_second")
         if rate is None:
             raise ValueError(
-                f"level={level!r}: no bandwidth is known for {self.name} "
-                f"({self.source(f'{level}_bytes_per_second')})"
+                f"level={level!r}: no bandwidth is known for {self.name} ({self.source(f'{level}_bytes_per_second')})"
             )
         return rate
 
@@ -298,9 +290,7 @@ def get_hardware(hardware: str | Hardware) -> Hardware:
     if isinstance(hardware, Hardware):
         return hardware
     if not isinstance(hardware, str):
-        raise TypeError(
-            f"hardware={hardware!r} is a {type(hardware).__name__}: expected a name or a Hardware"
-        )
+        raise TypeError(f"hardware={hardware!r} is a {type(hardware).__name__}: expected a name or a Hardware")
     if hardware not in HARDWARE:
         raise ValueError(f"hardware={hardware!r}: expected one of {', '.join(HARDWARE)}")
     return HARDWARE[hardware]

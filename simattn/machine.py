@@ -270,9 +270,7 @@ class Machine:
                     ):
                         yield part
 
-    def tiles(
-        self, span: int | VisibleRows, tile: int, *, independent: bool = False, width: int = 1
-    ) -> Iterator[Rows]:
+    def tiles(self, span: int | VisibleRows, tile: int, *, independent: bool = False, width: int = 1) -> Iterator[Rows]:
         """Walk the tiles of an axis in ascending order inside a thread block.
 
         Parameters
@@ -439,9 +437,7 @@ class Machine:
         limit = self.sram_bytes if place == "sram" else self.register_bytes
         if limit is not None and used > limit:
             held = ", ".join(
-                f"{other.name} {byte_text(other.capacity_bytes)}"
-                for other in self._live
-                if other.place == place
+                f"{other.name} {byte_text(other.capacity_bytes)}" for other in self._live if other.place == place
             )
             raise CapacityError(
                 f"the tiles in {place} take {used:,} bytes ({held}); expected at most {limit:,}: "
@@ -620,9 +616,7 @@ class Machine:
         if tile.place == "sram":
             self._charge(tile.name, "sram_write_bytes", tile.nbytes)
 
-    def _operate(
-        self, *, reads: tuple[Tile, ...] = (), writes: tuple[Tile, ...] = (), **operations: int
-    ) -> None:
+    def _operate(self, *, reads: tuple[Tile, ...] = (), writes: tuple[Tile, ...] = (), **operations: int) -> None:
         self._charge_read(*reads)
         for tile in writes:
             self._charge_write(tile)
@@ -677,9 +671,7 @@ class Machine:
         into: Tile | None = None,
     ) -> Tile:
         """Return scale · q kᵀ, times the descale factors; ``into`` adds it to partial scores."""
-        tile = into or self.allocate(
-            name, q.rows, k.rows, place=place, capacity=(q.capacity_rows, k.capacity_rows)
-        )
+        tile = into or self.allocate(name, q.rows, k.rows, place=place, capacity=(q.capacity_rows, k.capacity_rows))
         self._operate(
             reads=(q, k, *descales) if into is None else (q, k, into, *descales),
             writes=(tile,),

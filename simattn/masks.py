@@ -16,7 +16,6 @@ keys, and five queries on two keys, causal::
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -107,9 +106,7 @@ class BlockMask:
         previous_row = -1
         for row, runs in self.row_runs:
             if not previous_row < row < self.q_blocks:
-                raise ValueError(
-                    f"row_runs names block row {row}: expected ascending rows below {self.q_blocks=}"
-                )
+                raise ValueError(f"row_runs names block row {row}: expected ascending rows below {self.q_blocks=}")
             previous_row, end = row, 0
             for start, stop in runs:
                 if not end <= start < stop <= self.kv_blocks:
@@ -125,8 +122,7 @@ class BlockMask:
         array = np.asarray(blocks)
         if array.ndim != 2 or array.dtype != np.bool_:
             raise ValueError(
-                f"blocks has shape {array.shape} and dtype {array.dtype}: "
-                "expected a boolean array of two dimensions"
+                f"blocks has shape {array.shape} and dtype {array.dtype}: expected a boolean array of two dimensions"
             )
         rows, columns = np.nonzero(array)
         return cls._from_sorted(
@@ -216,6 +212,8 @@ class BlockMask:
 
     def fingerprint(self) -> str:
         """Return a digest that is equal for equal masks, in every process."""
+        import hashlib
+
         text = repr((self.q_block, self.kv_block, self.q_blocks, self.kv_blocks, self.row_runs))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -356,9 +354,7 @@ class Visibility:
         if low_intercept is None:
             starts = (stop - first) * (column_start // column_tile)
         else:
-            starts = clamped_floor_sum(
-                first, stop, tile, low_intercept, column_start, column_stop, column_tile
-            )
+            starts = clamped_floor_sum(first, stop, tile, low_intercept, column_start, column_stop, column_tile)
         full_columns = self.columns // column_tile * column_tile
         clipped = 0
         if column_stop > full_columns:

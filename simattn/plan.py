@@ -124,9 +124,7 @@ def dividing_tiles(problem: AttentionProblem, tiles: Tiles) -> Tiles:
     mask = problem.block_mask
     if mask is None:
         return tiles
-    return replace(
-        tiles, q=_largest_divisor(mask.q_block, tiles.q), kv=_largest_divisor(mask.kv_block, tiles.kv)
-    )
+    return replace(tiles, q=_largest_divisor(mask.q_block, tiles.q), kv=_largest_divisor(mask.kv_block, tiles.kv))
 
 
 def _largest_divisor(number: int, limit: int) -> int:

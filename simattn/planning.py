@@ -9,7 +9,7 @@ from typing import Any
 
 from simattn.algorithms.algorithm import Algorithm
 from simattn.hardware import Hardware, get_hardware
-from simattn.machine import CapacityError, Machine
+from simattn.machine import CapacityError, Heads, Machine
 from simattn.plan import (
     PLAN_KINDS,
     Direction,
@@ -79,9 +79,7 @@ def make_plan(
     known = {item.name for item in fields(algorithm.plan_class)}
     for name in options:
         if name not in known:
-            raise TypeError(
-                f"{name!r} is no argument and no plan option of {algorithm.name}; options: {sorted(known)}"
-            )
+            raise TypeError(f"{name!r} is no argument and no plan option of {algorithm.name}; options: {sorted(known)}")
     gpu = get_hardware(DEFAULT_HARDWARE if hardware is None else hardware)
     capacity = get_capacity(gpu, sram_bytes)
     if isinstance(plan, Plan):
@@ -117,10 +115,9 @@ def _plan_of_kind(
         def fits(tiles: Tiles) -> bool:
             return _fits(algorithm, _one_head(problem), direction, replace(smallest, tiles=tiles), capacity)
 
-        made = replace(
-            smallest, tiles=_choose_tiles(algorithm, problem, direction, kind, gpu, capacity, fits)
-        )
-    return algorithm.complete_plan(problem, made, capacity.sram_bytes)
+        made = replace(smallest, tiles=_choose_tiles(algorithm, problem, direction, kind, gpu, capacity, fits))
+    completed: Plan = algorithm.complete_plan(problem, made, capacity.sram_bytes)
+    return completed
 
 
 def _choose_tiles(
@@ -187,11 +184,12 @@ def declare_inputs(
 ) -> None:
     """Declare the arrays that a program finds in memory: its inputs and what the forward pass left."""
     values = values or {}
-    for name, rows, columns, heads in (
+    inputs: tuple[tuple[str, int, int, Heads], ...] = (
         ("q", problem.q_len, problem.head_dim, "query"),
         ("k", problem.kv_len, problem.head_dim, "kv"),
         ("v", problem.kv_len, problem.value_dim, "kv"),
-    ):
+    )
+    for name, rows, columns, heads in inputs:
         machine.array(
             name,
             rows,
@@ -199,12 +197,10 @@ def declare_inputs(
             dtype=problem.dtype,
             heads=heads,
             role="input",
-            values=values.get(name),  # type: ignore[arg-type]
+            values=values.get(name),
         )
         if problem.is_float8:
-            machine.array(
-                f"{name}_descale", 1, 1, heads="kv", role="input", values=values.get(f"{name}_descale")
-            )
+            machine.array(f"{name}_descale", 1, 1, heads="kv", role="input", values=values.get(f"{name}_descale"))
     if direction == "backward":
         machine.array(
             "dout",

@@ -190,7 +190,6 @@ def _checked_window(window: Any) -> Window | None:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window={window!r}: expected None or a pair (left, right)")
     left, right = (
-        None if side is None else checked_integer(f"window[{index}]", side, 0)
-        for index, side in enumerate(window)
+        None if side is None else checked_integer(f"window[{index}]", side, 0) for index, side in enumerate(window)
     )
     return None if left is None and right is None else (left, right)

@@ -207,9 +207,7 @@ def time_bounds(work: Work, hardware: str | Hardware) -> TimeBounds:
     """
     row = get_hardware(hardware)
     return TimeBounds(
-        dram_seconds=(
-            None if work.compulsory_bytes is None else work.compulsory_bytes / row.hbm_bytes_per_second
-        ),
+        dram_seconds=(None if work.compulsory_bytes is None else work.compulsory_bytes / row.hbm_bytes_per_second),
         l2_seconds=(
             None
             if row.l2_bytes_per_second is None
@@ -292,9 +290,7 @@ def ridge_point(hardware: str | Hardware, dtype: str, level: str = "hbm") -> flo
     return row.matmul_flops_per_second(dtype) / row.bytes_per_second(level)
 
 
-def attainable_flops_per_second(
-    intensity: float, hardware: str | Hardware, dtype: str, level: str = "hbm"
-) -> float:
+def attainable_flops_per_second(intensity: float, hardware: str | Hardware, dtype: str, level: str = "hbm") -> float:
     """Return the roofline: the matrix-product rate that ``intensity`` operations per byte of ``level`` allow.
 
     Raises
@@ -520,9 +516,7 @@ _FLASH2 = "FlashAttention-2 (arXiv 2307.08691)"
 _FLASH3 = "FlashAttention-3 (arXiv 2407.08608)"
 
 
-def _flash1_time(
-    algorithm: str, milliseconds: float, causal: bool, setting: str, source: str
-) -> PublishedTime:
+def _flash1_time(algorithm: str, milliseconds: float, causal: bool, setting: str, source: str) -> PublishedTime:
     """Return an entry of the table in FlashAttention's Figure 2."""
     return PublishedTime(
         statement=f"{algorithm}, forward and backward, {setting}: {milliseconds} ms",
@@ -613,12 +607,8 @@ PUBLISHED: tuple[PublishedTime, ...] = (
         source=f"{_FLASH3}, abstract",
         note=", 75 % of the peak; the maximum over problems, represented by the fastest",
     ),
-    _benchmark_rate(
-        "flash3", 756, q_len=16384, head_dim=256, direction="forward", source=f"{_FLASH3}, Figure 5e"
-    ),
-    _benchmark_rate(
-        "flash3", 648, q_len=16384, head_dim=128, direction="forward", source=f"{_FLASH3}, Figure 5c"
-    ),
+    _benchmark_rate("flash3", 756, q_len=16384, head_dim=256, direction="forward", source=f"{_FLASH3}, Figure 5e"),
+    _benchmark_rate("flash3", 648, q_len=16384, head_dim=128, direction="forward", source=f"{_FLASH3}, Figure 5c"),
     PublishedTime(
         statement="flash3 forward, length 8448, head_dim 128, float16: 3.538 ms, 661 TFLOP/s",
         source=f"{_FLASH3}, Table 2",
@@ -679,8 +669,7 @@ def check_published(
         work = work_for(measurement)
         if work.dtype != measurement.dtype:
             raise ValueError(
-                f"work_for gave dtype={work.dtype!r} for {measurement.statement!r}: "
-                f"expected {measurement.dtype!r}"
+                f"work_for gave dtype={work.dtype!r} for {measurement.statement!r}: expected {measurement.dtype!r}"
             )
         bounds = time_bounds(work, measurement.hardware)
         checks.append(PublishedCheck(published=measurement, bounds=bounds))

@@ -36,9 +36,7 @@ def floor_sum(count: int, slope: int, intercept: int, divisor: int) -> int:
     return total
 
 
-def clamped_floor_sum(
-    start: int, stop: int, slope: int, intercept: int, low: int, high: int, divisor: int
-) -> int:
+def clamped_floor_sum(start: int, stop: int, slope: int, intercept: int, low: int, high: int, divisor: int) -> int:
     """Return Σ ⌊clamp(slope·i + intercept, low, high) / divisor⌋ over i = start … stop-1.
 
     Parameters

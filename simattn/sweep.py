@@ -39,7 +39,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
@@ -73,6 +73,10 @@ _CHUNK_SECONDS = 0.05
 _CHUNK_POINTS = 256
 # A chunk that takes longer than expected hands back the rest: this bounds what a killed sweep counts again.
 _CHUNK_LIMIT_SECONDS = 0.5
+# Enough chunks to occupy a machine while the first results tell how large the others should be; if none comes
+# in this time, points are slow, and the size of chunks hardly matters.
+_PROBE_CHUNKS = 32
+_PROBE_SECONDS = 0.2
 _SYNC_SECONDS = 5.0
 
 _SHOWN_ROWS = 20
@@ -518,8 +522,8 @@ def _count_with_executor(
     seconds_per_point = math.inf
     try:
         while n_unsubmitted or in_flight:
-            # The first results tell how large chunks should be, so they go before further submissions.
-            while n_unsubmitted and len(in_flight) < max_in_flight and finished.empty():
+            patience_s: float | None = None
+            if n_unsubmitted and len(in_flight) < max_in_flight:
                 size = max(math.ceil(n_unsubmitted / max_in_flight), int(_CHUNK_SECONDS / seconds_per_point))
                 size = min(size, _CHUNK_POINTS, n_unsubmitted)
                 chunk = [handed_back.popleft() for _ in range(min(size, len(handed_back)))]
@@ -530,7 +534,13 @@ def _count_with_executor(
                 )
                 in_flight[future] = chunk
                 future.add_done_callback(finished.put)
-            future = finished.get()
+                # Nobody waits while there is more to submit, except once, to learn how long a point takes.
+                probing = len(in_flight) == _PROBE_CHUNKS and math.isinf(seconds_per_point)
+                patience_s = _PROBE_SECONDS if probing else 0.0
+            try:
+                future = finished.get(timeout=patience_s)
+            except Empty:
+                continue
             # Out of flight before it is recorded: an interrupt in between leaves rows to be counted again,
             # but cannot write any twice.
             chunk = in_flight.pop(future)

@@ -136,9 +136,7 @@ class Traffic:
         """Return the traffic with the SRAM counters left out."""
         return Traffic(
             {
-                name: ArrayTraffic(
-                    counters.hbm_read_bytes, counters.hbm_write_bytes, counters.hbm_reduce_bytes
-                )
+                name: ArrayTraffic(counters.hbm_read_bytes, counters.hbm_write_bytes, counters.hbm_reduce_bytes)
                 for name, counters in self.by_array.items()
             }
         )

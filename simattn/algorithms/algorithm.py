@@ -71,7 +71,7 @@ class Algorithm:
     paper_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
     fit_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
     gpu_tiles: Callable[[AttentionProblem, Hardware, Direction], list[Tiles]]
-    declare_saved: Callable[[Machine, AttentionProblem, Plan], None] = declare_output_and_lse
+    declare_saved: Callable[[Machine, AttentionProblem, Any], None] = declare_output_and_lse
     plan_defaults: Callable[[AttentionProblem, Direction, PlanKind], dict[str, Any]] = _no_defaults
     complete_plan: Callable[[AttentionProblem, Any, int], Any] = _already_complete
 

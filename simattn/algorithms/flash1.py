@@ -84,9 +84,7 @@ def forward(machine: Machine, problem: AttentionProblem, plan: Flash1Plan) -> No
             # load
             k = machine.load(arrays.k, key_rows)
             v = machine.load(arrays.v, key_rows)
-            for query_rows in machine.tiles(
-                problem.visible_queries(key_rows), tiles.q, independent=True, width=width
-            ):
+            for query_rows in machine.tiles(problem.visible_queries(key_rows), tiles.q, independent=True, width=width):
                 # load
                 q = machine.load(arrays.q, query_rows)
                 state = SoftmaxState(
@@ -95,9 +93,7 @@ def forward(machine: Machine, problem: AttentionProblem, plan: Flash1Plan) -> No
                     row_sum=machine.load(row_sum, query_rows, place=place),
                 )
                 # compute
-                scores, hidden = masked_scores(
-                    machine, q, k, query_rows, key_rows, place=place, descales=factors
-                )
+                scores, hidden = masked_scores(machine, q, k, query_rows, key_rows, place=place, descales=factors)
                 machine.rescale(state.out, state.row_sum)  # O in memory is normalised
                 update_softmax(machine, state, scores, v, hidden, value_descales=value_factors)
                 # finish

@@ -90,9 +90,7 @@ def forward(machine: Machine, problem: AttentionProblem, plan: Flash2Plan) -> No
             k = machine.load(arrays.k, key_rows, stages=plan.stages)
             v = machine.load(arrays.v, key_rows, stages=plan.stages)
             # compute
-            scores, hidden = masked_scores(
-                machine, q, k, query_rows, key_rows, place=place, descales=score_descales
-            )
+            scores, hidden = masked_scores(machine, q, k, query_rows, key_rows, place=place, descales=score_descales)
             if plan.transpose_float8_values and problem.is_float8:
                 machine.transpose_in_place(v)
             update_softmax(machine, state, scores, v, hidden, staged_as=staged_as)
@@ -185,9 +183,7 @@ def query_gradients(
             k = machine.load(arrays.k, key_rows, stages=plan.stages)
             v = machine.load(arrays.v, key_rows, stages=plan.stages)
             # compute
-            _, dscores, hidden = score_gradients(
-                machine, q, k, v, dout, statistics, query_rows, key_rows, place=place
-            )
+            _, dscores, hidden = score_gradients(machine, q, k, v, dout, statistics, query_rows, key_rows, place=place)
             machine.matmul(dscores, k, place=place, hidden=hidden, into=dq)
         # finish
         machine.scale(dq, problem.scale)
@@ -197,7 +193,7 @@ def query_gradients(
 # Closed form
 
 
-def closed_form_forward(problem: AttentionProblem, plan: Flash2Plan) -> Traffic:
+def closed_form_forward(problem: AttentionProblem, plan: Plan) -> Traffic:
     """Q once, O and LSE once, K and V once for every query tile that sees them."""
     visits = forms.tile_visits(problem, plan.tiles)
     k, v = forms.key_names(plan)
@@ -205,9 +201,7 @@ def closed_form_forward(problem: AttentionProblem, plan: Flash2Plan) -> Traffic:
         "q": forms.read(forms.matrix_bytes(problem, problem.q_len, problem.head_dim)),
         k: forms.read(forms.matrix_bytes(problem, visits.keys, problem.head_dim)),
         v: forms.read(forms.matrix_bytes(problem, visits.keys, problem.value_dim)),
-        "out": forms.written(
-            forms.matrix_bytes(problem, problem.q_len, problem.value_dim, dtype=problem.output_dtype)
-        ),
+        "out": forms.written(forms.matrix_bytes(problem, problem.q_len, problem.value_dim, dtype=problem.output_dtype)),
         "lse": forms.written(forms.statistic_bytes(problem, problem.q_len)),
     }
     factors = forms.descale_traffic(problem, dict.fromkeys(("q", "k", "v"), visits.query_tiles))
@@ -222,9 +216,7 @@ def closed_form_backward(problem: AttentionProblem, plan: Flash2Plan) -> Traffic
     statistics = forms.statistic_bytes(problem, visits.queries)
     parts = [
         {  # delta = rowsum(dO ∘ O)
-            "out": forms.read(
-                forms.matrix_bytes(problem, problem.q_len, value_dim, dtype=problem.output_dtype)
-            ),
+            "out": forms.read(forms.matrix_bytes(problem, problem.q_len, value_dim, dtype=problem.output_dtype)),
             "dout": forms.read(forms.matrix_bytes(problem, problem.q_len, value_dim)),
             "delta": forms.written(forms.statistic_bytes(problem, problem.q_len)),
         },

@@ -6,7 +6,7 @@ form and a program share no loop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from simattn.arithmetic.formats import ITEM_BYTES
@@ -80,7 +80,7 @@ def reduced(count: int) -> ArrayTraffic:
     return ArrayTraffic(hbm_reduce_bytes=count)
 
 
-def total(parts: list[Mapping[str, ArrayTraffic]]) -> Traffic:
+def total(parts: Sequence[Mapping[str, ArrayTraffic]]) -> Traffic:
     """Add up traffic by array."""
     result = Traffic()
     for part in parts:

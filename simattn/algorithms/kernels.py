@@ -61,9 +61,7 @@ def declare_backward(machine: Machine, problem: AttentionProblem, plan: Plan) ->
     columns = {"dq": problem.head_dim, "dk": problem.head_dim, "dv": problem.value_dim}
     heads: dict[str, Heads] = {"dq": "query", "dk": "kv", "dv": "kv"}
     gradients = {
-        name: machine.array(
-            name, rows[name], columns[name], dtype=problem.dtype, heads=heads[name], role="output"
-        )
+        name: machine.array(name, rows[name], columns[name], dtype=problem.dtype, heads=heads[name], role="output")
         for name in rows
     }
     return BackwardArrays(q=machine.arrays["q"], k=keys, v=values, dout=machine.arrays["dout"], **gradients)
@@ -142,9 +140,7 @@ class GroupedGradient:
     reduces: bool
 
     @classmethod
-    def declare(
-        cls, machine: Machine, target: Array, plan: Plan, *, added_up: bool = False
-    ) -> GroupedGradient:
+    def declare(cls, machine: Machine, target: Array, plan: Plan, *, added_up: bool = False) -> GroupedGradient:
         """Declare the partial sums' array and, for a reduction, zero it.
 
         With ``added_up`` several thread blocks of one head hand in parts of the same rows, so all are reductions.
@@ -159,9 +155,7 @@ class GroupedGradient:
             partial = machine.array(f"{target.name}_accumulator", target.rows, target.columns, heads=heads)
             fill(machine, partial, 0.0, plan)
         elif grouped == "expand":
-            partial = machine.array(
-                f"{target.name}_expanded", target.rows, target.columns, dtype=target.dtype
-            )
+            partial = machine.array(f"{target.name}_expanded", target.rows, target.columns, dtype=target.dtype)
         return cls(target, partial, grouped, reduces)
 
     @property

@@ -92,9 +92,7 @@ def forward(machine: Machine, problem: AttentionProblem, plan: StandardPlan) -> 
 
 def declare_probabilities(machine: Machine, problem: AttentionProblem) -> Array:
     """Declare P, which the forward pass saves."""
-    return machine.array(
-        "probabilities", problem.q_len, problem.kv_len, dtype=problem.output_dtype, role="saved"
-    )
+    return machine.array("probabilities", problem.q_len, problem.kv_len, dtype=problem.output_dtype, role="saved")
 
 
 def declare_saved(machine: Machine, problem: AttentionProblem, plan: Plan) -> None:

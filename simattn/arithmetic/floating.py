@@ -48,20 +48,19 @@ class FloatArithmetic:
         if k.shape[1] == k.shape[2] == 1:
             # Stored key by key, so that NumPy reduces the short rows of a tile across all query rows at once.
             streams, columns = q.shape[0], q.shape[-1]
-            product = np.matmul(k[:, 0, 0], q.reshape(streams, -1, columns).swapaxes(-1, -2))
+            product: Values = np.matmul(k[:, 0, 0], q.reshape(streams, -1, columns).swapaxes(-1, -2))
             return product.reshape(streams, -1, *q.shape[1:-1]).transpose(0, 2, 3, 4, 1)
         return self.matmul(q, k.swapaxes(-1, -2))
 
     def matmul(self, a: Values, b: Values) -> Values:
         """Return a b, with equal operands of a stack merged into one product."""
+        product: Values
         if b.shape[1] == b.shape[2] == 1:
             product = _merged_matmul(a, b)
         elif a.shape[1] == 1 and b.shape[2] == 1:
             swapped = _merged_matmul(b.swapaxes(-1, -2), _rows_of_group(a).swapaxes(-1, -2))
             streams, stack, _, columns, _ = swapped.shape
-            product = swapped.reshape(streams, stack, columns, a.shape[2], a.shape[3]).transpose(
-                0, 1, 3, 4, 2
-            )
+            product = swapped.reshape(streams, stack, columns, a.shape[2], a.shape[3]).transpose(0, 1, 3, 4, 2)
         elif b.shape[2] == 1:
             product = np.matmul(_rows_of_group(a), b[:, :, 0])
             product = product.reshape(*product.shape[:2], a.shape[2], a.shape[3], -1)
@@ -92,11 +91,13 @@ class FloatArithmetic:
 
     def row_maximum(self, row_max: Values, scores: Values) -> Values:
         """Return the running row maximum."""
-        return np.maximum(row_max, scores.max(axis=-1, keepdims=True))
+        higher: Values = np.maximum(row_max, scores.max(axis=-1, keepdims=True))
+        return higher
 
     def correction(self, old_max: Values, new_max: Values) -> Values:
         """Return exp(old_max − new_max), 0 where no score was seen before."""
-        return np.exp(old_max - _finite_maximum(new_max))
+        factor: Values = np.exp(old_max - _finite_maximum(new_max))
+        return factor
 
     def exponential(self, scores: Values, row_max: Values) -> None:
         """Replace scores by exp(scores − row_max); rows without a visible score become 0."""
@@ -109,11 +110,13 @@ class FloatArithmetic:
 
     def row_sum(self, values: Values) -> Values:
         """Return the sum of each row."""
-        return values.sum(axis=-1, keepdims=True)
+        total: Values = values.sum(axis=-1, keepdims=True)
+        return total
 
     def row_dot(self, a: Values, b: Values) -> Values:
         """Return the dot product of each pair of rows."""
-        return np.einsum("...ij,...ij->...i", a, b)[..., None]
+        dots: Values = np.einsum("...ij,...ij->...i", a, b)
+        return dots[..., None]
 
     def rescale(self, values: Values, factor: Values) -> None:
         """Multiply each row by its factor; most factors are 1, and their rows are left alone."""
@@ -150,8 +153,10 @@ def _rows_of_group(values: Values) -> Values:
 def _merged_matmul(a: Values, b: Values) -> Values:
     """Multiply every row of a stack by one shared b of shape (streams, 1, 1, k, n), or (streams, 1, k, n)."""
     shared = b.reshape(b.shape[0], *b.shape[-2:])
+    product: Values
     if not _rows_merge(a):
-        return np.matmul(a, shared[:, None, None])
+        product = np.matmul(a, shared[:, None, None])
+        return product
     product = np.matmul(a.reshape(a.shape[0], -1, a.shape[-1]), shared)
     return product.reshape(*a.shape[:-1], -1)
 

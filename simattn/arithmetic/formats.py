@@ -48,4 +48,5 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         return np.dtype(name)
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, name))
+    stored: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return stored
