@@ -496,7 +496,8 @@ class _Inputs:
 def _head_minor(array: Array, problem: AttentionProblem) -> Values:
     """Return an array's values as (batch, length, heads, columns)."""
     assert array.values is not None
-    values = array.values.reshape(problem.batch, -1, array.rows, array.columns)
+    heads = problem.kv_heads * array.values.shape[1]
+    values = array.values.reshape(problem.batch, heads, array.rows, array.columns)
     return np.ascontiguousarray(np.moveaxis(values, 1, 2))
 
 

@@ -446,6 +446,10 @@ class Machine:
         self.peak_bytes[place] = max(self.peak_bytes[place], used)
         return tile
 
+    def free(self, tile: Tile) -> None:
+        """Give a tile's room back before its loop iteration ends."""
+        self._live.remove(tile)
+
     def full(self, name: str, rows: Rows | int, columns: Rows | int, value: float, *, place: Place) -> Tile:
         """Make an fp32 tile filled with one value, one for every block of the stack."""
         tile = self._tile_like(name, rows, columns, place)
@@ -579,7 +583,8 @@ class Machine:
 
     def _read(self, tile: Tile) -> Values:
         assert tile.values is not None
-        return tile.values[:, self._state.selection] if self._is_selected(tile) else tile.values
+        shared = tile.values.shape[1] == 1  # loaded whole, the same for every block of the stack
+        return tile.values[:, self._state.selection] if self._is_selected(tile) and not shared else tile.values
 
     def _update(self, tile: Tile, change: Callable[[Values], Values | None]) -> None:
         """Change a tile's values of the present blocks, in place or by a returned replacement."""

@@ -10,7 +10,7 @@ touches pyplot, so no global backend is chosen: save with ``axes.figure.savefig(
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from simattn.algorithms import ALGORITHMS, get_algorithm
 from simattn.api import Run, profile
 from simattn.arithmetic.formats import ITEM_BYTES, storage_name
+from simattn.bounds import compulsory_traffic, saha_ye_elements
 from simattn.hardware import Hardware, get_hardware
 from simattn.machine import CapacityError
 from simattn.roofline import attainable_flops_per_second, ridge_point
@@ -139,7 +140,7 @@ def traffic_against_length(
     once: list[int] = []
     for name in names:
         runs = [profile(name, q_len=length, direction=direction, **arguments) for length in lengths]
-        once = [run.hbm_bytes_by_role["input"] + run.hbm_bytes_by_role["output"] for run in runs]
+        once = [compulsory_traffic(run.problem, run.direction).hbm_bytes for run in runs]
         line = ax.plot(lengths, [run.traffic.hbm_bytes for run in runs], label=name, **_line(name))[0]
         ends.append(_End.of(line))
     line = ax.plot(lengths, once, label="inputs and outputs once", **_reference())[0]
@@ -147,7 +148,7 @@ def traffic_against_length(
     _bytes_axis(ax)
     _powers_of_two_axis(ax, lengths)
     ax.set_xlabel("sequence length (tokens)")
-    ax.set_title(_title(direction, arguments), loc="left")
+    ax.set_title(_title(direction, arguments), loc="left", fontsize="medium")
     _label_ends(ax, ends)
     return ax
 
@@ -200,9 +201,8 @@ def traffic_against_sram(
     """
     names = _checked_names(algorithms, direction)
     item_bytes = ITEM_BYTES[storage_name(dtype)]
-    knee = head_dim * head_dim
     if sram_bytes is None:
-        sram_bytes = [size * item_bytes for size in _half_octaves(head_dim // 2, 16 * knee)]
+        sram_bytes = [size * item_bytes for size in _half_octaves(max(1, head_dim // 2), 16 * head_dim**2)]
     sizes = _checked_axis("sram_bytes", sram_bytes)
     shape = {"q_len": q_len, "head_dim": head_dim, "dtype": dtype, **arguments}
     ax = _axes(ax)
@@ -214,41 +214,17 @@ def traffic_against_sram(
         elements, traffic = zip(*((size / item_bytes, count) for size, count in points), strict=True)
         style = {**_line(name), "marker": ""}
         ends.append(_End.of(ax.plot(elements, traffic, label=name, **style)[0]))
-    heads = arguments.get("batch", 1) * arguments.get("heads", 1)
-    smallest, largest = sizes[0] / item_bytes, sizes[-1] / item_bytes
-    whole = heads * item_bytes * q_len**2
-    for label, start, stop, elements_at in (
-        ("N²d/√M", smallest, min(largest, knee), lambda m: head_dim / math.sqrt(m)),
-        ("N²d²/M", max(smallest, knee), largest, lambda m: knee / m),
-    ):
-        if start < stop:
-            ends_at = [whole * elements_at(start), whole * elements_at(stop)]
-            ax.plot([start, stop], ends_at, label=label, **_reference())
-            middle = math.sqrt(start * stop)
-            ax.annotate(
-                label,
-                (middle, whole * elements_at(middle)),
-                xytext=(-3, -4),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                color=MUTED,
-            )
     _bytes_axis(ax)
-    _powers_of_two_axis(ax, [size / item_bytes for size in sizes])
-    if smallest <= knee <= largest:
-        ax.axvline(knee, color=MUTED, linewidth=0.8, label="M = d²")
-        ax.annotate(
-            "M = d²",
-            (knee, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, -4),
-            textcoords="offset points",
-            va="top",
-            color=MUTED,
-        )
+    sram_elements = [size / item_bytes for size in sizes]
+    _powers_of_two_axis(ax, sram_elements)
+    matrices: float = arguments.get("batch", 1) * arguments.get("heads", 1) * arguments.get("kv_len", q_len) / q_len
+
+    def reference(elements: float) -> float:
+        return matrices * item_bytes * saha_ye_elements(q_len, head_dim, round(elements))
+
+    _draw_references(ax, sram_elements, head_dim**2, reference)
     ax.set_xlabel(f"SRAM of a thread block, M ({dtype} elements)")
-    ax.set_title(_title(direction, shape), loc="left")
+    ax.set_title(_title(direction, shape), loc="left", fontsize="medium")
     _label_ends(ax, ends)
     return ax
 
@@ -289,55 +265,21 @@ def roofline(
         if not (0 < point.intensity < math.inf and 0 < point.flops_per_second < math.inf):
             raise ValueError(f"point {point}: expected finite numbers above 0")
     ax = _axes(ax)
-    ridge = ridge_point(row, dtype)
+    ridge, peak = ridge_point(row, dtype), row.matmul_flops_per_second(dtype)
     seen = [ridge / 16, ridge * 4, *(point.intensity for point in placed)]
     low, high = min(seen) / 2, max(seen) * 2
-    for level, width in (("hbm", 1.6), ("l2", 0.9)):
-        if level == "l2" and row.l2_bytes_per_second is None:
-            continue
-        corner = ridge_point(row, dtype, level)
-        at = [low, min(max(corner, low), high), high]
-        rates = [attainable_flops_per_second(intensity, row, dtype, level) for intensity in at]
-        bandwidth = row.bytes_per_second(level) / 1e12
-        ax.plot(
-            at, rates, color=INK, linewidth=width, zorder=1.5, label=f"{level.upper()}, {bandwidth:.3g} TB/s"
-        )
-        _label_slope(ax, at[0], rates[0], f"{level.upper()} {bandwidth:.3g} TB/s")
-    peak = row.matmul_flops_per_second(dtype)
-    ax.annotate(
-        f"{dtype} matrix products {peak / 1e12:.0f} TFLOP/s",
-        (high, peak),
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        color=MUTED,
-    )
-    for point in placed:
-        words = point.name.split()
-        style = algorithm_style(words[0])
-        hollow = "backward" in words
-        ax.plot(
-            [point.intensity],
-            [point.flops_per_second],
-            linestyle="",
-            marker=style["marker"],
-            markersize=7,
-            markeredgewidth=1.6,
-            markeredgecolor=style["color"],
-            markerfacecolor="none" if hollow else style["color"],
-            label=point.name,
-        )
-    ax.set(xscale="log", yscale="log", xlim=(low, high))
     lowest = min([peak / 64, *(point.flops_per_second / 2 for point in placed)])
-    ax.set_ylim(lowest, peak * 2)
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(lowest, peak * 2))
+    _draw_roofs(ax, row, dtype, low, high)
+    for point in placed:
+        _draw_point(ax, point)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value / 1e12:g}")
     ax.set_xlabel("matrix-product FLOP per byte between memory and multiprocessors")
     ax.set_ylabel("TFLOP/s")
-    ax.set_title(row.name, loc="left")
+    ax.set_title(f"{row.name}, {dtype}", loc="left", fontsize="medium")
     if placed:
-        handles = [line for line in ax.get_lines() if line.get_linestyle() == "None"]
-        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
+        _legend_beside(ax, ax.get_lines()[-len(placed) :])
     return ax
 
 
@@ -361,18 +303,14 @@ def traffic_by_array(runs: Iterable[Run] | Mapping[str, Run], *, ax: Axes | None
     ValueError
         If there is no run.
     """
-    labelled = (
-        dict(runs) if isinstance(runs, Mapping) else {f"{run.algorithm} {run.direction}": run for run in runs}
-    )
+    labelled = dict(runs) if isinstance(runs, Mapping) else {f"{run.algorithm} {run.direction}": run for run in runs}
     if not labelled:
         raise ValueError("runs is empty: expected at least one result of simattn.profile")
     moved = {label: _bytes_by_array(run) for label, run in labelled.items()}
     longest = max(sum(parts.values()) for parts in moved.values())
     ordered = sorted({name for parts in moved.values() for name in parts}, key=_array_rank)
     shown = [
-        name
-        for name in ordered
-        if max(parts.get(name, 0) for parts in moved.values()) >= _SMALLEST_SHARE * longest
+        name for name in ordered if max(parts.get(name, 0) for parts in moved.values()) >= _SMALLEST_SHARE * longest
     ]
     colours = _colours_of_arrays(shown)
     ax = _axes(ax, height=1.4 + 0.42 * len(moved))
@@ -384,21 +322,17 @@ def traffic_by_array(runs: Iterable[Run] | Mapping[str, Run], *, ax: Axes | None
         segments.append(("other", other))
     for name, widths in segments:
         colour = colours.get(name, _OTHER_COLOUR)
-        ax.barh(
-            labels, widths, left=left, label=name, color=colour, edgecolor="white", linewidth=0.6, height=0.72
-        )
+        ax.barh(labels, widths, left=left, label=name, color=colour, edgecolor="white", linewidth=0.6, height=0.72)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for position, end in enumerate(left):
-        ax.annotate(
-            byte_text(end), (end, position), xytext=(4, 0), textcoords="offset points", va="center", color=INK
-        )
+        ax.annotate(byte_text(end), (end, position), xytext=(4, 0), textcoords="offset points", va="center", color=INK)
     ax.set_xlim(0, longest * 1.14 or 1)
     ax.invert_yaxis()
     ax.xaxis.set_major_formatter(lambda value, _: byte_text(round(value)))
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("bytes between memory and multiprocessors")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
+    _legend_beside(ax, ax.containers)
     return ax
 
 
@@ -413,9 +347,7 @@ def _checked_names(algorithms: Iterable[str] | None, direction: str) -> list[str
         for name in names:
             get_algorithm(name)
     if not names:
-        raise ValueError(
-            f"algorithms={algorithms!r}: expected at least one algorithm with direction={direction!r}"
-        )
+        raise ValueError(f"algorithms={algorithms!r}: expected at least one algorithm with direction={direction!r}")
     return names
 
 
@@ -504,6 +436,29 @@ def _reference() -> dict[str, Any]:
     return {"color": MUTED, "linewidth": 1.1, "linestyle": (0, (4, 3))}
 
 
+def _draw_references(
+    ax: Axes, sram_elements: Sequence[float], knee: float, reference: Callable[[float], float]
+) -> None:
+    """Draw the two slopes of Saha and Ye's bound and the knee between them, as far as the axis shows them."""
+    smallest, largest = sram_elements[0], sram_elements[-1]
+    for label, start, stop in (
+        ("N²d/√M", smallest, min(largest, knee)),
+        ("N²d²/M", max(smallest, knee), largest),
+    ):
+        if start < stop:
+            ax.plot([start, stop], [reference(start), reference(stop)], label=label, **_reference())
+            middle = math.sqrt(start * stop)
+            _note(ax, label, (middle, reference(middle)), (-3, -4), ha="right", va="top")
+    if smallest <= knee <= largest:
+        ax.axvline(knee, color=MUTED, linewidth=0.8, label="M = d²")
+        _note(ax, "M = d²", (knee, 1), (4, -4), xycoords=("data", "axes fraction"), va="top")
+
+
+def _note(ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **properties: Any) -> None:
+    """Write a muted text some points away from a place."""
+    ax.annotate(text, at, xytext=offset, textcoords="offset points", color=MUTED, **properties)
+
+
 def _power_text(value: float) -> str:
     """Return a number with the binary suffix that divides it: 131072 is 128k."""
     for suffix, factor in (("G", 1 << 30), ("M", 1 << 20), ("k", 1 << 10)):
@@ -554,11 +509,11 @@ def _label_ends(ax: Axes, ends: Sequence[_End]) -> None:
     ax.set_xlim(ax.get_xlim())
     ax.set_ylim(ax.get_ylim())
     to_axes = ax.transData + ax.transAxes.inverted()
-    wanted = sorted(
-        ((float(to_axes.transform((end.x, end.y))[1]), end) for end in ends), key=lambda pair: pair[0]
-    )
+    wanted = sorted(((float(to_axes.transform((end.x, end.y))[1]), end) for end in ends), key=lambda pair: pair[0])
     size = float(_font_size())
-    height_points = ax.get_window_extent().height * 72 / ax.get_figure(root=True).dpi
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    height_points = ax.get_window_extent().height * 72 / figure.dpi
     gap = 1.35 * size / height_points
     for (_, end), position in zip(wanted, _spread([height for height, _ in wanted], gap), strict=True):
         ax.annotate(
@@ -573,13 +528,15 @@ def _label_ends(ax: Axes, ends: Sequence[_End]) -> None:
 
 
 def _spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Return ascending positions at least ``gap`` apart, each group of them centred on where it was wanted."""
+    """Return ascending positions at least ``gap`` apart and at most 1, groups centred on where they were wanted."""
     groups: list[list[float]] = []  # each group: its wanted positions, placed around their mean
     for position in wanted:
         groups.append([position])
         while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap):
             groups[-2:] = [groups[-2] + groups[-1]]
-    return [_bottom(group, gap) + index * gap for group in groups for index in range(len(group))]
+    spread = [_bottom(group, gap) + index * gap for group in groups for index in range(len(group))]
+    below_top = [1 - gap * index for index in reversed(range(len(spread)))]
+    return [min(position, limit) for position, limit in zip(spread, below_top, strict=True)]
 
 
 def _bottom(group: Sequence[float], gap: float) -> float:
@@ -597,16 +554,47 @@ def _font_size() -> float:
     return FontProperties(size=rcParams["font.size"]).get_size_in_points()
 
 
-def _label_slope(ax: Axes, x: float, y: float, text: str) -> None:
-    """Write along a line of slope 1 that starts at (x, y) in logarithmic axes."""
-    ax.annotate(
-        text,
-        (x, y),
-        xytext=(4, 6),
-        textcoords="offset points",
-        rotation=45,
-        rotation_mode="anchor",
-        transform_rotates_text=True,
-        color=MUTED,
-        va="bottom",
+def _draw_roofs(ax: Axes, row: Hardware, dtype: str, low: float, high: float) -> None:
+    """Draw the flat roof, and a slope for every memory level whose bandwidth is published."""
+    peak = row.matmul_flops_per_second(dtype)
+    bottom = ax.get_ylim()[0]
+    for level, width in (("hbm", 1.6), ("l2", 0.9)):
+        if level == "l2" and row.l2_bytes_per_second is None:
+            continue
+        bandwidth = row.bytes_per_second(level)
+        corner = min(max(ridge_point(row, dtype, level), low), high)
+        at = [low, corner, high]
+        rates = [attainable_flops_per_second(intensity, row, dtype, level) for intensity in at]
+        text = f"{level.upper()} {bandwidth / 1e12:.3g} TB/s"
+        ax.plot(at, rates, color=MUTED, linewidth=width, zorder=1.5, label=text)
+        start = max(low, bottom / bandwidth)  # where the slope enters the picture
+        _note(
+            ax,
+            text,
+            (start, start * bandwidth),
+            (6, 10),
+            rotation=45,
+            rotation_mode="anchor",
+            transform_rotates_text=True,
+        )
+    _note(ax, f"matrix products {peak / 1e12:.0f} TFLOP/s", (high, peak), (-4, 4), ha="right")
+
+
+def _draw_point(ax: Axes, point: RooflinePoint) -> None:
+    words = point.name.split()
+    style = algorithm_style(words[0])
+    ax.plot(
+        [point.intensity],
+        [point.flops_per_second],
+        linestyle="",
+        marker=style["marker"],
+        markersize=7,
+        markeredgewidth=1.6,
+        markeredgecolor=style["color"],
+        markerfacecolor="none" if "backward" in words else style["color"],
+        label=point.name,
     )
+
+
+def _legend_beside(ax: Axes, handles: Sequence[Any]) -> None:
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)

@@ -121,8 +121,7 @@ class SweepResult(list[Row]):
         names = [
             name
             for name in _columns(self)
-            if name in ("algorithm", *_TRAFFIC_COLUMNS)
-            or any(row.get(name) != self[0].get(name) for row in self)
+            if name in ("algorithm", *_TRAFFIC_COLUMNS) or any(row.get(name) != self[0].get(name) for row in self)
         ]
         body = [[_cell(row.get(name)) for name in names] for row in self[:_SHOWN_ROWS]]
         left_out = f"\n… {len(self) - _SHOWN_ROWS} more" if len(self) > _SHOWN_ROWS else ""
@@ -203,8 +202,7 @@ def sweep(
         raise TypeError(f"{progress=}: expected True, False or None")
     if executor is not None and not isinstance(executor, Executor):
         raise TypeError(
-            f"{executor=}: expected a concurrent.futures.Executor; "
-            "that of a Dask client is client.get_executor()"
+            f"{executor=}: expected a concurrent.futures.Executor; that of a Dask client is client.get_executor()"
         )
     if not isinstance(max_in_flight, int) or max_in_flight < 1:
         raise ValueError(f"{max_in_flight=}: expected an integer of at least 1")
@@ -361,11 +359,7 @@ class _Grid:
 def _grid_entries(grid: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
     if grid is None:
         return [{}]
-    if (
-        not isinstance(grid, Sequence)
-        or isinstance(grid, str)
-        or not all(isinstance(entry, Mapping) for entry in grid)
-    ):
+    if not isinstance(grid, Sequence) or isinstance(grid, str) or not all(isinstance(entry, Mapping) for entry in grid):
         raise TypeError(f"grid={reprlib.repr(grid)}: expected a list of mappings from argument to value")
     if not grid:
         raise ValueError("grid=[]: expected at least one mapping")
@@ -754,9 +748,7 @@ def _raise_recorded_error(rows: Mapping[int, Row], path: str) -> None:
     for index in sorted(rows):
         error = rows[index]["error"]
         if error is not None:
-            raise ValueError(
-                f"{error} (point {index} of the grid, recorded in output={path!r} under errors='row')"
-            )
+            raise ValueError(f"{error} (point {index} of the grid, recorded in output={path!r} under errors='row')")
 
 
 def _lock(file_descriptor: int, path: str) -> None:

@@ -145,6 +145,7 @@ def key_gradients(
                     machine, q, k, v, dout, statistics, query_rows, key_rows, place=place
                 )
                 machine.matmul(probabilities, dout, place=place, transpose_a=True, hidden=hidden, into=dv)
+                machine.free(probabilities)
                 machine.matmul(dscores, q, place=place, transpose_a=True, hidden=hidden, into=dk)
                 if dq_sums is not None:
                     if plan.stage_probabilities:

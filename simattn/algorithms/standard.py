@@ -1,4 +1,4 @@
-"""Standard attention: scores and probabilities go through memory (Dao et al. 2022, arXiv 2205.14135, Algorithms 0 and 3).
+"""Standard attention: scores and probabilities go through memory (arXiv 2205.14135, Algorithms 0 and 3).
 
 Three kernels forward (S = scale · Q Kᵀ; P = softmax(S); O = P V) and five backward. The products are tiled as any
 matrix product is: a thread block for every tile of the result, which streams both operands past it. The matrices are
