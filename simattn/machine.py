@@ -36,7 +36,7 @@ Place = Literal["sram", "registers"]
 Heads = Literal["query", "kv"]
 Role = Literal["input", "output", "saved", "workspace"]
 
-STACKED_ELEMENTS = 1 << 19
+STACKED_ELEMENTS = 1 << 20
 """Elements of a simulated tile stack: about what a core's cache holds, so memory stays independent of the length."""
 
 
@@ -646,9 +646,6 @@ class Machine:
             if stack is key_rows:
                 keys = Rows(key_rows.length, key_rows.tile, key_rows.first + member, 1)
             seen = visibility.elements(query_rows, query, keys)
-            stored = visibility.tile_is_stored(query * query_rows.tile, keys.start)
-            if not stored:
-                seen = np.zeros((query_rows.size, keys.size), dtype=np.bool_)
             if seen is not None:
                 hidden[position] = ~seen
         return hidden

@@ -1,0 +1,174 @@
+"""How fast counting, simulating, importing and reporting are.
+
+``python -m pytest tests/benchmarks --benchmark-json=FILE`` writes the measurements. Every bar is a ratio of two
+medians taken in turn in one process, or a bar far above what is measured, so that a busy machine does not decide.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simattn
+
+COUNT_BAR_SECONDS = 0.020
+LENGTHS = (1 << 20, 10**12)
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (4095, 0)},
+}
+PROGRAMS = [
+    (name, direction) for name, algorithm in simattn.ALGORITHMS.items() for direction in algorithm.programs
+]
+
+
+@pytest.mark.parametrize("q_len", LENGTHS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("algorithm", "direction"), PROGRAMS)
+def test_count(benchmark: Any, algorithm: str, direction: str, mask: str, q_len: int) -> None:
+    arguments = {"heads": 32, "kv_heads": 8, "head_dim": 128, "q_len": q_len, "direction": direction, **MASKS[mask]}
+    simattn.count(algorithm, **arguments)
+    benchmark.pedantic(simattn.count, args=(algorithm,), kwargs=arguments, rounds=7)
+    assert benchmark.stats.stats.median <= COUNT_BAR_SECONDS
+
+
+@pytest.mark.parametrize(("algorithm", "direction"), PROGRAMS)
+def test_count_is_independent_of_the_length_in_time_and_memory(algorithm: str, direction: str) -> None:
+    def peak_bytes(q_len: int) -> int:
+        tracemalloc.start()
+        simattn.count(algorithm, q_len=q_len, heads=32, head_dim=128, causal=True, direction=direction)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak_bytes(1 << 20)
+    short, long = (peak_bytes(q_len) for q_len in (1 << 12, 10**12))
+    assert long <= 1.5 * short + (1 << 14)
+
+
+@pytest.mark.parametrize("blocks", [1000, 8000])
+def test_count_with_a_block_mask_is_linear_in_its_blocks(benchmark: Any, blocks: int) -> None:
+    size, columns = 128, 100
+    rows = blocks // columns * 2
+    stored = [(row, 2 * column + row % 2) for row in range(0, rows, 2) for column in range(columns)]
+    mask = simattn.BlockMask.from_blocks(stored, q_block=size, kv_block=size, shape=(rows, 2 * columns))
+    arguments = {
+        "q_len": rows * size,
+        "kv_len": 2 * columns * size,
+        "head_dim": 128,
+        "block_mask": mask,
+        "causal": True,
+    }
+    simattn.count("flash2", **arguments)
+    benchmark.pedantic(simattn.count, args=("flash2",), kwargs=arguments, rounds=5)
+    assert benchmark.stats.stats.median <= 100e-6 * blocks
+
+
+def _attention_in_place(q: Any, k: Any, v: Any) -> Any:
+    scores = q @ k.T
+    scores *= np.float32(q.shape[1] ** -0.5)
+    scores -= scores.max(axis=1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=1, keepdims=True)
+    return scores @ v
+
+
+def _median_ratio(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+    """Time two functions in turn; return their medians and the median of the ratios."""
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        first()
+        middle = time.perf_counter()
+        second()
+        times.append((middle - start, time.perf_counter() - middle))
+    return (
+        statistics.median(a for a, _ in times),
+        statistics.median(b for _, b in times),
+        statistics.median(a / b for a, b in times),
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash2_simulates_nearly_as_fast_as_numpy(benchmark: Any, causal: bool) -> None:
+    length, head_dim = 4096, 128
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((1, length, 1, head_dim), dtype=np.float32) for _ in range(3))
+
+    def simulated() -> Any:
+        return simattn.run("flash2", q, k, v, causal=causal).out
+
+    def dense() -> Any:
+        return _attention_in_place(q[0, :, 0], k[0, :, 0], v[0, :, 0])
+
+    simulated(), dense()
+    for _ in range(3):  # another process may take a core for a while: the best of three medians counts
+        ours, numpy, ratio = _median_ratio(simulated, dense, rounds=9)
+        if ratio <= 1.5:
+            break
+    benchmark.extra_info.update(simulated_seconds=ours, numpy_seconds=numpy, median_ratio=ratio)
+    benchmark.pedantic(simulated, rounds=3)
+    assert ratio <= 1.5
+
+
+def test_flash2_simulates_in_linear_memory(benchmark: Any) -> None:
+    random = np.random.default_rng(0)
+
+    def extra_bytes(length: int) -> int:
+        q, k, v = (random.standard_normal((1, length, 1, 64), dtype=np.float32) for _ in range(3))
+        tracemalloc.start()
+        simattn.run("flash2", q, k, v)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    extra_bytes(1024)
+    measured = {length: extra_bytes(length) for length in (2048, 8192)}
+    benchmark.extra_info.update({f"extra_bytes_at_{length}": peak for length, peak in measured.items()})
+    benchmark.pedantic(extra_bytes, args=(2048,), rounds=1)
+    output_and_statistics = (8192 - 2048) * (64 + 1 + 64) * 4
+    assert measured[8192] - measured[2048] <= 2 * output_and_statistics
+    assert measured[8192] < 8192 * 8192 * 4 / 8
+
+
+def test_import_costs_little_more_than_numpy(benchmark: Any) -> None:
+    code = """
+import sys, time
+start = time.perf_counter()
+import numpy
+middle = time.perf_counter()
+import simattn
+end = time.perf_counter()
+loaded = [name for name in ("numba", "matplotlib", "cupy", "hypothesis") if name in sys.modules]
+print(middle - start, end - middle, *loaded)
+"""
+
+    def extra_seconds() -> float:
+        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        _numpy, extra, *loaded = output.split()
+        assert not loaded
+        return float(extra)
+
+    extra = statistics.median(extra_seconds() for _ in range(5))
+    benchmark.extra_info["seconds_over_numpy"] = extra
+    benchmark.pedantic(extra_seconds, rounds=1)
+    assert extra <= 0.05
+
+
+def test_report_from_a_cold_start(benchmark: Any, tmp_path: Any) -> None:
+    def report() -> None:
+        subprocess.run(
+            [sys.executable, "-m", "simattn", "report", "--output", str(tmp_path)], capture_output=True, check=True
+        )
+
+    benchmark.pedantic(report, rounds=1)
+    assert benchmark.stats.stats.median <= 60
