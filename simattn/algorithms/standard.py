@@ -15,8 +15,6 @@ from typing import Literal
 from simattn.algorithms import forms
 from simattn.algorithms.algorithm import Algorithm
 from simattn.algorithms.kernels import (
-    BackwardArrays,
-    ForwardArrays,
     GroupedGradient,
     declare_backward,
     declare_forward,
@@ -75,7 +73,7 @@ def forward(machine: Machine, problem: AttentionProblem, plan: StandardPlan) -> 
     arrays = declare_forward(machine, problem, plan)
     scores = machine.array("scores", problem.q_len, problem.kv_len, dtype=problem.output_dtype)
     probabilities = declare_probabilities(machine, problem)
-    scores_kernel(machine, problem, plan, arrays, scores)
+    square_kernel(machine, problem, plan, arrays.q, arrays.k, scores, are_scores=True)
     softmax_kernel(machine, problem, plan, scores, probabilities, arrays.lse)
     rows_kernel(
         machine,
@@ -100,24 +98,34 @@ def declare_saved(machine: Machine, problem: AttentionProblem, plan: Plan) -> No
     declare_probabilities(machine, problem)
 
 
-def scores_kernel(
-    machine: Machine, problem: AttentionProblem, plan: StandardPlan, arrays: ForwardArrays, scores: Array
+def square_kernel(
+    machine: Machine,
+    problem: AttentionProblem,
+    plan: StandardPlan,
+    left: Array,
+    right: Array,
+    result: Array,
+    *,
+    are_scores: bool,
 ) -> None:
-    """S = scale · Q Kᵀ, a thread block for every tile of S."""
+    """Multiply rows of queries by rows of keys, S = scale · Q Kᵀ or dP = dO Vᵀ, a thread block for every tile."""
     tiles, place = plan.tiles, plan.accumulators
-    depth = depth_of(plan, problem.head_dim)
+    depth = depth_of(plan, left.columns)
     for query_rows in machine.thread_blocks(problem.q_len, tiles.q, width=max(tiles.kv, depth)):
         for key_rows in machine.tiles(problem.kv_len, tiles.kv):
             factors = descales(machine, "q", "k")
-            tile = machine.full("scores", query_rows, key_rows, 0.0, place=place)
-            for columns in machine.tiles(problem.head_dim, depth):
+            tile = machine.full(result.name, query_rows, key_rows, 0.0, place=place)
+            for columns in machine.tiles(left.columns, depth):
                 # load
-                q = machine.load(arrays.q, query_rows, columns)
-                k = machine.load(arrays.k, key_rows, columns)
+                rows = machine.load(left, query_rows, columns)
+                keys = machine.load(right, key_rows, columns)
                 # compute
-                machine.scores(q, k, place=place, descales=factors, into=tile)
+                if are_scores:
+                    machine.scores(rows, keys, place=place, descales=factors, into=tile)
+                else:
+                    machine.matmul(rows, keys, place=place, transpose_b=True, into=tile)
             # finish
-            machine.store(tile, scores, query_rows, key_rows)
+            machine.store(tile, result, query_rows, key_rows)
 
 
 def softmax_kernel(
@@ -214,7 +222,7 @@ def backward(machine: Machine, problem: AttentionProblem, plan: StandardPlan) ->
     dscores = machine.array("dscores", *shape, dtype=problem.dtype)
     probabilities = machine.arrays["probabilities"]
     keys_kernel(machine, problem, plan, probabilities, arrays.dout, arrays.dv, factor=1.0)
-    dprobabilities_kernel(machine, problem, plan, arrays, dprobabilities)
+    square_kernel(machine, problem, plan, arrays.dout, arrays.v, dprobabilities, are_scores=False)
     softmax_gradient_kernel(machine, problem, plan, probabilities, dprobabilities, dscores)
     rows_kernel(machine, problem, plan, dscores, arrays.k, arrays.dq, name="dq", factor=problem.scale)
     keys_kernel(machine, problem, plan, dscores, arrays.q, arrays.dk, factor=problem.scale)
@@ -250,29 +258,6 @@ def keys_kernel(
                 machine.scale(tile, factor)
             total.add(machine, tile, key_rows, columns)
     total.finish(machine, plan)
-
-
-def dprobabilities_kernel(
-    machine: Machine,
-    problem: AttentionProblem,
-    plan: StandardPlan,
-    arrays: BackwardArrays,
-    dprobabilities: Array,
-) -> None:
-    """DP = dO Vᵀ, a thread block for every tile of dP."""
-    tiles, place = plan.tiles, plan.accumulators
-    depth = depth_of(plan, problem.value_dim)
-    for query_rows in machine.thread_blocks(problem.q_len, tiles.q, width=max(tiles.kv, depth)):
-        for key_rows in machine.tiles(problem.kv_len, tiles.kv):
-            tile = machine.full("dprobabilities", query_rows, key_rows, 0.0, place=place)
-            for columns in machine.tiles(problem.value_dim, depth):
-                # load
-                dout = machine.load(arrays.dout, query_rows, columns)
-                v = machine.load(arrays.v, key_rows, columns)
-                # compute
-                machine.matmul(dout, v, place=place, transpose_b=True, into=tile)
-            # finish
-            machine.store(tile, dprobabilities, query_rows, key_rows)
 
 
 def softmax_gradient_kernel(
