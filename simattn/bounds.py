@@ -198,12 +198,11 @@ class PowerLaw:
     points: int
 
     def __str__(self) -> str:
-        return " · ".join(f"{name}^{exponent:.2f}" for name, exponent in self.exponents.items())
+        # Adding 0 turns a rounded −0 into 0.
+        return " · ".join(f"{name}^{round(exponent, 2) + 0.0:.2f}" for name, exponent in self.exponents.items())
 
 
-def fit_exponents(
-    rows: Sequence[Mapping[str, float]], variables: Sequence[str], value: str = "elements"
-) -> PowerLaw:
+def fit_exponents(rows: Sequence[Mapping[str, float]], variables: Sequence[str], value: str = "elements") -> PowerLaw:
     """Fit a power law by least squares of the logarithms.
 
     Parameters

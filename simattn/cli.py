@@ -1,7 +1,8 @@
 """The command line: ``simattn report``, ``claims``, ``count``, ``sweep`` and ``hardware``.
 
-Data goes to standard output and progress to standard error, the latter only when that is a terminal. The exit code is 0,
-1 when a claim that should hold does not or a count contradicts its closed form, 2 for a mistake in the arguments.
+Data goes to standard output and progress to standard error, the latter only when that is a terminal. The exit
+code is 0, 1 when a claim that should hold does not or a count contradicts its closed form, 2 for a mistake in the
+arguments.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 when a claim that should hold does not, or a count contradicts its closed form; 2 for wrong arguments.
+        0; 1 when a claim that should hold does not, or a count contradicts its closed form; 2 for wrong
+        arguments.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -73,6 +75,14 @@ class _Parser(argparse.ArgumentParser):
         raise _WrongArgumentsError(f"{message}; see {self.prog} --help")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"simattn {version('simattn')}")
+        parser.exit()
+
+
 # Arguments
 
 
@@ -83,9 +93,7 @@ def _integer(text: str) -> int:
     try:
         return int(digits) * factor
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected an integer such as 4096, 1_000_000 or 128k"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer such as 4096, 1_000_000 or 128k") from None
 
 
 def _number(text: str) -> float:
@@ -159,9 +167,7 @@ _SCALARS = (
     _Argument("kv_heads", _integer, "COUNT", "key/value heads; must divide heads (default: heads)"),
     _Argument("head_dim", _integer, "COLUMNS", "columns of queries and keys (default: 64)"),
     _Argument("value_dim", _integer, "COLUMNS", "columns of the values (default: head_dim)"),
-    _Argument(
-        "dtype", str, "NAME", "storage format, e.g. float32, bfloat16, float8_e4m3fn (default: bfloat16)"
-    ),
+    _Argument("dtype", str, "NAME", "storage format, e.g. float32, bfloat16, float8_e4m3fn (default: bfloat16)"),
     _Argument("scale", _number, "FACTOR", "factor of the scores (default: 1/√head_dim)"),
     _Argument("direction", str, "NAME", "forward, or backward without its forward (default: forward)"),
     _Argument("plan", str, "KIND", "gpu, fit or paper (default: gpu; fit if sram_bytes is given)"),
@@ -248,26 +254,21 @@ def _add_formats(parser: argparse.ArgumentParser, *, csv: bool = True) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from simattn import __doc__ as description
-    from simattn import __version__
     from simattn.algorithms import ALGORITHMS
 
     parser = _Parser(prog="simattn", description=description)
-    parser.add_argument("--version", action="version", version=f"simattn {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(
         name: str, command: Callable[[argparse.Namespace], int], text: str, epilog: str = ""
     ) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog
-        )
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog)
         added.set_defaults(command=command)
         return added
 
     algorithms = f"Algorithms: {', '.join(ALGORITHMS)}. {_NUMBERS}"
-    report = add(
-        "report", _report, "count every algorithm, check every claim, write a page with plots and tables"
-    )
+    report = add("report", _report, "count every algorithm, check every claim, write a page with plots and tables")
     report.add_argument("--output", default="simattn-report", metavar="FOLDER", help="default: %(default)s")
     report.add_argument("--hardware", metavar="GPU", help="GPU whose tiles are counted (default: H100-SXM)")
     _add_formats(report, csv=False)
@@ -286,9 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--output", metavar="FILE.jsonl", help="receives each row as it is finished; resumed if it exists"
     )
-    sweep.add_argument(
-        "--workers", type=_integer, metavar="COUNT", help="processes that count (default: this one)"
-    )
+    sweep.add_argument("--workers", type=_integer, metavar="COUNT", help="processes that count (default: this one)")
     sweep.add_argument(
         "--errors",
         choices=("raise", "row"),
@@ -317,9 +316,7 @@ def _report(arguments: argparse.Namespace) -> int:
     built = report.build_report(hardware=gpu)
     page = built.write(arguments.output)
     print(
-        json_text({**built.tables, "ok": built.ok, "page": str(page)})
-        if arguments.json
-        else f"{built}\nPage: {page}"
+        json_text({**built.tables, "ok": built.ok, "page": str(page)}) if arguments.json else f"{built}\nPage: {page}"
     )
     return OK if built.ok else FAILED
 
@@ -328,7 +325,7 @@ def _claims(arguments: argparse.Namespace) -> int:
     from simattn import report
 
     rows = report.claim_rows()
-    _print_rows(arguments, rows, lambda: report.claims_text(rows))
+    _print_rows(arguments, report.flat_rows(rows) if arguments.csv else rows, lambda: report.claims_text(rows))
     return OK if all(row["ok"] for row in rows) else FAILED
 
 
@@ -381,9 +378,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         executor = None
         if arguments.workers is not None:
             executor = stack.enter_context(ProcessPoolExecutor(max_workers=arguments.workers))
-        rows = sweep(
-            arguments.algorithm, output=arguments.output, executor=executor, errors=arguments.errors, **given
-        )
+        rows = sweep(arguments.algorithm, output=arguments.output, executor=executor, errors=arguments.errors, **given)
     _print_rows(arguments, rows, lambda: repr(rows))
     return OK
 
@@ -399,9 +394,7 @@ def _hardware(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _print_rows(
-    arguments: argparse.Namespace, rows: Sequence[dict[str, Any]], text: Callable[[], str]
-) -> None:
+def _print_rows(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]], text: Callable[[], str]) -> None:
     from simattn.tables import csv_text, json_text
 
     if arguments.json:

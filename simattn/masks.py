@@ -276,7 +276,7 @@ class Visibility:
         return any(start <= column // self.blocks.kv_block < stop for start, stop in runs)
 
     def elements(self, rows: Rows, index: int, columns: Rows) -> npt.NDArray[np.bool_] | None:
-        """Return which elements of a visited tile are seen, or None when all are.
+        """Return which elements of a tile are seen, or None when all are.
 
         Returns
         -------
@@ -284,6 +284,13 @@ class Visibility:
         """
         start = index * rows.tile
         stop = min(start + rows.tile, self.rows)
+        band = self._band_elements(start, stop, columns)
+        stored = self._stored_elements(start, stop, columns)
+        if band is None or stored is None:
+            return stored if band is None else band
+        return band & stored
+
+    def _band_elements(self, start: int, stop: int, columns: Rows) -> npt.NDArray[np.bool_] | None:
         last_low = 0 if self.before is None else stop - 1 + self.shift - self.before
         first_high = self.columns - 1 if self.after is None else start + self.shift + self.after
         if last_low <= columns.start and columns.stop - 1 <= first_high:
@@ -296,6 +303,18 @@ class Visibility:
         if self.after is not None:
             seen &= column <= position + self.after
         return seen
+
+    def _stored_elements(self, start: int, stop: int, columns: Rows) -> npt.NDArray[np.bool_] | None:
+        blocks = self.blocks
+        if blocks is None:
+            return None
+        seen = np.zeros((stop - start, columns.stop - columns.start), dtype=np.bool_)
+        for block_row in range(start // blocks.q_block, ceil_div(stop, blocks.q_block)):
+            first, end = (max(0, row * blocks.q_block - start) for row in (block_row, block_row + 1))
+            for run in blocks.runs_of_row.get(block_row, ()):
+                left, right = (max(0, column * blocks.kv_block - columns.start) for column in run)
+                seen[first:end, left:right] = True
+        return None if seen.all() else seen
 
     def tile_visits(self, rows: Rows, column_tile: int) -> tuple[int, int]:
         """Count the column tiles that a run of equal row tiles visits, without walking them.

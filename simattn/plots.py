@@ -21,7 +21,7 @@ from simattn.arithmetic.formats import ITEM_BYTES, storage_name
 from simattn.bounds import compulsory_traffic, saha_ye_elements
 from simattn.hardware import Hardware, get_hardware
 from simattn.machine import CapacityError
-from simattn.roofline import attainable_flops_per_second, ridge_point
+from simattn.roofline import ridge_point
 from simattn.tables import byte_text
 
 if TYPE_CHECKING:
@@ -65,8 +65,11 @@ _ARRAY_COLOURS = {
     "dq_accumulator": "#8e4585",
     "dk": "#b9a0d0",
     "dv": "#dccbe6",
+    "out_accumulator": "#8c8c4f",
+    "dk_accumulator": "#7f6000",
+    "dv_accumulator": "#a6761d",
 }
-_SPARE_COLOURS = ("#7f6000", "#a6761d", "#8c8c4f", "#5f6b6d", "#b07aa1", "#86bcb6")
+_SPARE_COLOURS = ("#5f6b6d", "#b07aa1", "#86bcb6", "#c49c94", "#4e79a7", "#bab0ac")
 _OTHER_COLOUR = "#b8bec5"
 _SMALLEST_SHARE = 0.01
 
@@ -204,6 +207,7 @@ def traffic_against_sram(
     if sram_bytes is None:
         sram_bytes = [size * item_bytes for size in _half_octaves(max(1, head_dim // 2), 16 * head_dim**2)]
     sizes = _checked_axis("sram_bytes", sram_bytes)
+    _checked_axis("q_len", [q_len])
     shape = {"q_len": q_len, "head_dim": head_dim, "dtype": dtype, **arguments}
     ax = _axes(ax)
     ends: list[_End] = []
@@ -217,7 +221,8 @@ def traffic_against_sram(
     _bytes_axis(ax)
     sram_elements = [size / item_bytes for size in sizes]
     _powers_of_two_axis(ax, sram_elements)
-    matrices: float = arguments.get("batch", 1) * arguments.get("heads", 1) * arguments.get("kv_len", q_len) / q_len
+    matrices: float = arguments.get("batch", 1) * arguments.get("heads", 1)
+    matrices *= (arguments.get("kv_len") or q_len) / q_len
 
     def reference(elements: float) -> float:
         return matrices * item_bytes * saha_ye_elements(q_len, head_dim, round(elements))
@@ -252,13 +257,16 @@ def roofline(
     Returns
     -------
     matplotlib.axes.Axes
-        One line per memory level whose bandwidth is published, HBM and L2, and one marker per point.
+        One line per memory level whose bandwidth is published, HBM and L2, and one marker per point. The L2 roof
+        is at twice the read bandwidth, because reads and writes have their own wires.
 
     Raises
     ------
     ValueError, TypeError
         If the hardware is unknown or lacks the format, or a point's numbers are not above 0.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
+
     row = get_hardware(hardware)
     placed = [RooflinePoint(*point) for point in points]
     for point in placed:
@@ -266,16 +274,19 @@ def roofline(
             raise ValueError(f"point {point}: expected finite numbers above 0")
     ax = _axes(ax)
     ridge, peak = ridge_point(row, dtype), row.matmul_flops_per_second(dtype)
-    seen = [ridge / 16, ridge * 4, *(point.intensity for point in placed)]
-    low, high = min(seen) / 2, max(seen) * 2
+    seen = [ridge / 16, ridge, *(point.intensity for point in placed)]
+    low, high = min(seen) / 4, max(seen) * 2
     lowest = min([peak / 64, *(point.flops_per_second / 2 for point in placed)])
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(lowest, peak * 2))
     _draw_roofs(ax, row, dtype, low, high)
     for point in placed:
         _draw_point(ax, point)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value / 1e12:g}")
-    ax.set_xlabel("matrix-product FLOP per byte between memory and multiprocessors")
+    ax.set_xlabel("matrix-product FLOP per byte moved")
     ax.set_ylabel("TFLOP/s")
     ax.set_title(f"{row.name}, {dtype}", loc="left", fontsize="medium")
     if placed:
@@ -301,11 +312,11 @@ def traffic_by_array(runs: Iterable[Run] | Mapping[str, Run], *, ax: Axes | None
     Raises
     ------
     ValueError
-        If there is no run.
+        If there is no run, or two have the same label.
     """
-    labelled = dict(runs) if isinstance(runs, Mapping) else {f"{run.algorithm} {run.direction}": run for run in runs}
-    if not labelled:
-        raise ValueError("runs is empty: expected at least one result of simattn.profile")
+    from matplotlib.ticker import MaxNLocator
+
+    labelled = _labelled(runs)
     moved = {label: _bytes_by_array(run) for label, run in labelled.items()}
     longest = max(sum(parts.values()) for parts in moved.values())
     ordered = sorted({name for parts in moved.values() for name in parts}, key=_array_rank)
@@ -326,8 +337,9 @@ def traffic_by_array(runs: Iterable[Run] | Mapping[str, Run], *, ax: Axes | None
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for position, end in enumerate(left):
         ax.annotate(byte_text(end), (end, position), xytext=(4, 0), textcoords="offset points", va="center", color=INK)
-    ax.set_xlim(0, longest * 1.14 or 1)
+    ax.set_xlim(0, longest * 1.24 or 1)
     ax.invert_yaxis()
+    ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_major_formatter(lambda value, _: byte_text(round(value)))
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
@@ -376,6 +388,20 @@ def _fitting_traffic(algorithm: str, sram_bytes: Sequence[int], **arguments: Any
     return points
 
 
+def _labelled(runs: Iterable[Run] | Mapping[str, Run]) -> dict[str, Run]:
+    pairs = (
+        list(runs.items()) if isinstance(runs, Mapping) else [(f"{run.algorithm} {run.direction}", run) for run in runs]
+    )
+    if not pairs:
+        raise ValueError("runs is empty: expected at least one result of simattn.profile")
+    labelled = dict(pairs)
+    if len(labelled) < len(pairs):
+        raise ValueError(
+            f"runs has the labels {[label for label, _ in pairs]}: expected a mapping from distinct labels"
+        )
+    return labelled
+
+
 def _bytes_by_array(run: Run) -> dict[str, int]:
     parts = {
         name: counters.hbm_read_bytes + counters.hbm_write_bytes + counters.hbm_reduce_bytes
@@ -412,12 +438,12 @@ def _title(direction: str, arguments: Mapping[str, Any]) -> str:
 # Drawing
 
 
-def _axes(ax: Axes | None, *, height: float = 4.4) -> Axes:
+def _axes(ax: Axes | None, *, height: float = 4.2) -> Axes:
     """Return the Axes, or those of a new figure, with thin lines and a grid behind the data."""
     if ax is None:
         from matplotlib.figure import Figure
 
-        ax = Figure(figsize=(7.2, height), layout="constrained").add_subplot()
+        ax = Figure(figsize=(6.0, height), layout="constrained").add_subplot()
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -456,7 +482,8 @@ def _draw_references(
 
 def _note(ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **properties: Any) -> None:
     """Write a muted text some points away from a place."""
-    ax.annotate(text, at, xytext=offset, textcoords="offset points", color=MUTED, **properties)
+    properties |= {"color": MUTED, "fontsize": "small"}
+    ax.annotate(text, at, xytext=offset, textcoords="offset points", **properties)
 
 
 def _power_text(value: float) -> str:
@@ -472,8 +499,9 @@ def _powers_of_two_axis(ax: Axes, values: Sequence[float]) -> None:
 
     ax.set_xscale("log", base=2)
     low, high = math.ceil(math.log2(values[0])), math.floor(math.log2(values[-1]))
-    step = max(1, (high - low) // 6)
-    ax.xaxis.set_major_locator(FixedLocator([2.0**exponent for exponent in range(low, high + 1, step)]))
+    step = max(1, math.ceil((high - low) / 6))
+    powers = [2.0**exponent for exponent in range(low, high + 1, step)]
+    ax.xaxis.set_major_locator(FixedLocator(powers or list(values)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, _: _power_text(value))
     ax.set_xlim(values[0] / 1.1, values[-1] * 1.1)
@@ -505,6 +533,7 @@ class _End:
 
 def _label_ends(ax: Axes, ends: Sequence[_End]) -> None:
     """Write each line's label right of its end, moved apart where labels would touch."""
+    ax.margins(y=0.08)
     ax.autoscale_view()
     ax.set_xlim(ax.get_xlim())
     ax.set_ylim(ax.get_ylim())
@@ -519,23 +548,30 @@ def _label_ends(ax: Axes, ends: Sequence[_End]) -> None:
         ax.annotate(
             end.text,
             (end.x, end.y),
-            xytext=(1.04, position),
+            xytext=(1.06, position),
             textcoords="axes fraction",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": end.colour, "linewidth": 0.9, "shrinkA": 1, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": end.colour,
+                "linewidth": 0.9,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
             annotation_clip=False,
         )
 
 
 def _spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Return ascending positions at least ``gap`` apart and at most 1, groups centred on where they were wanted."""
+    """Return ascending positions at least ``gap`` apart and below 1, groups centred on where they were wanted."""
     groups: list[list[float]] = []  # each group: its wanted positions, placed around their mean
     for position in wanted:
         groups.append([position])
         while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap):
             groups[-2:] = [groups[-2] + groups[-1]]
     spread = [_bottom(group, gap) + index * gap for group in groups for index in range(len(group))]
-    below_top = [1 - gap * index for index in reversed(range(len(spread)))]
+    below_top = [1 - gap * (index + 0.5) for index in reversed(range(len(spread)))]
     return [min(position, limit) for position, limit in zip(spread, below_top, strict=True)]
 
 
@@ -558,26 +594,26 @@ def _draw_roofs(ax: Axes, row: Hardware, dtype: str, low: float, high: float) ->
     """Draw the flat roof, and a slope for every memory level whose bandwidth is published."""
     peak = row.matmul_flops_per_second(dtype)
     bottom = ax.get_ylim()[0]
-    for level, width in (("hbm", 1.6), ("l2", 0.9)):
-        if level == "l2" and row.l2_bytes_per_second is None:
-            continue
-        bandwidth = row.bytes_per_second(level)
-        corner = min(max(ridge_point(row, dtype, level), low), high)
+    slopes = [(row.hbm_bytes_per_second, f"HBM {row.hbm_bytes_per_second / 1e12:.3g} TB/s", 1.6)]
+    if row.l2_bytes_per_second is not None:
+        l2_text = f"L2 {row.l2_bytes_per_second / 1e12:.3g} TB/s each way"
+        slopes.append((2 * row.l2_bytes_per_second, l2_text, 0.9))
+    for bandwidth, text, width in slopes:
+        corner = min(max(peak / bandwidth, low), high)
         at = [low, corner, high]
-        rates = [attainable_flops_per_second(intensity, row, dtype, level) for intensity in at]
-        text = f"{level.upper()} {bandwidth / 1e12:.3g} TB/s"
+        rates = [min(peak, intensity * bandwidth) for intensity in at]
         ax.plot(at, rates, color=MUTED, linewidth=width, zorder=1.5, label=text)
         start = max(low, bottom / bandwidth)  # where the slope enters the picture
         _note(
             ax,
             text,
             (start, start * bandwidth),
-            (6, 10),
+            (3, 14),
             rotation=45,
             rotation_mode="anchor",
             transform_rotates_text=True,
         )
-    _note(ax, f"matrix products {peak / 1e12:.0f} TFLOP/s", (high, peak), (-4, 4), ha="right")
+    _note(ax, f"matrix products {peak / 1e12:.0f} TFLOP/s", (high, peak), (-4, 12), ha="right")
 
 
 def _draw_point(ax: Axes, point: RooflinePoint) -> None:

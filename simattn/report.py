@@ -26,7 +26,7 @@ from simattn.bounds import compulsory_traffic
 from simattn.hardware import HARDWARE, Hardware, get_hardware, table
 from simattn.plan import Direction
 from simattn.planning import DEFAULT_HARDWARE
-from simattn.roofline import TimeBounds, Work, time_bounds
+from simattn.roofline import Work, time_bounds
 from simattn.tables import byte_text, csv_text, json_text, text_table
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SHAPES",
-    "Figure",
+    "Picture",
     "Report",
     "Shape",
     "build_report",
@@ -75,7 +75,7 @@ def _shape(name: str, description: str, **arguments: Any) -> Shape:
     return Shape(name=name, description=description, arguments=MappingProxyType(arguments))
 
 
-_GROUPED = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "causal": True}
+_GROUPED: Mapping[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "causal": True}
 
 SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
@@ -91,7 +91,11 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
                 "self-attention of the papers' benchmarks: 4 sequences of 4096 tokens, 16 heads of 128",
                 batch=4, heads=16, q_len=4096, head_dim=128, dtype="float16",
             ),
-            _shape("gqa-4k", "prefill of 4096 tokens, 32 query heads on 8 KV heads of 128, causal", q_len=4096, **_GROUPED),
+            _shape(
+                "gqa-4k",
+                "prefill of 4096 tokens, 32 query heads on 8 KV heads of 128, causal",
+                q_len=4096, **_GROUPED,
+            ),
             _shape("gqa-128k", "the same with 131 072 tokens", q_len=1 << 17, **_GROUPED),
             _shape("gqa-1m", "the same with 1 048 576 tokens", q_len=1 << 20, **_GROUPED),
             _shape(
@@ -114,17 +118,21 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
                 "cross-attention of a speech decoder: 448 queries on 1500 keys, 8 sequences, 20 heads of 64",
                 batch=8, heads=20, q_len=448, kv_len=1500, head_dim=64, dtype="float16",
             ),
-            _shape("fp8-4k", "gqa-4k stored in eight bits, forward", q_len=4096, **{**_GROUPED, "dtype": "float8_e4m3fn"}),
+            _shape(
+                "fp8-4k",
+                "gqa-4k stored in eight bits, forward",
+                q_len=4096, **{**_GROUPED, "dtype": "float8_e4m3fn"},
+            ),
         )
     }
 )  # fmt: skip
 """The problems of the report, by name."""
 
 TIMED_SHAPE = "mha-4k"
-"""The shape whose times are printed; its format exists on every GPU of the table."""
+"""The shape whose times are printed and that stands under the roof; its format exists on every GPU of the table."""
 
 DRAWN_SHAPE = "gqa-4k"
-"""The shape whose traffic is drawn by array and under the roof."""
+"""The shape whose traffic is drawn by array."""
 
 
 # Counting
@@ -172,10 +180,7 @@ def _count_row(shape: Shape, algorithm: str, direction: Direction, hardware: Har
         "matmul_flops_per_hbm_byte": run.operations.matmul_flops / traffic.hbm_bytes,
         "peak_sram_bytes": run.peak_sram_bytes,
         "peak_register_bytes": run.peak_register_bytes,
-        **{
-            f"{role}_bytes": run.hbm_bytes_by_role.get(role, 0)
-            for role in ("input", "output", "saved", "workspace")
-        },
+        **{f"{role}_bytes": run.hbm_bytes_by_role.get(role, 0) for role in ("input", "output", "saved", "workspace")},
         "equals_closed_form": closed_form(algorithm, **arguments) == traffic.global_only(),
     }
 
@@ -213,9 +218,7 @@ def _time_row(counted: Row, gpu: Hardware) -> Row:
     row = {name: counted[name] for name in ("shape", "algorithm", "direction")}
     row |= {"hardware": gpu.name, "error": None}
     try:
-        run = profile(
-            row["algorithm"], **SHAPES[row["shape"]].arguments, direction=row["direction"], hardware=gpu
-        )
+        run = profile(row["algorithm"], **SHAPES[row["shape"]].arguments, direction=row["direction"], hardware=gpu)
         bounds = time_bounds(work_of(run), gpu)
     except ValueError as error:
         return {**row, "error": str(error)}
@@ -230,17 +233,22 @@ def _time_row(counted: Row, gpu: Hardware) -> Row:
 
 
 def claim_rows() -> list[Row]:
-    """Return every claim as a flat row with its verdict; see :func:`simattn.claims`."""
+    """Return every claim with its verdict and its numbers; see :func:`simattn.claims`."""
     from simattn.claims import claims
 
-    return [claim.row() for claim in claims()]
+    return [claim.as_dict() for claim in claims()]
+
+
+def flat_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return rows for CSV: without the nested numbers of claims, which are in words beside them."""
+    return [{name: value for name, value in row.items() if name != "numbers"} for row in rows]
 
 
 # The report
 
 
 @dataclass(frozen=True)
-class Figure:
+class Picture:
     """A picture of the report.
 
     Attributes
@@ -311,13 +319,14 @@ class Report:
         for name in ("plots", "tables"):
             (base / name).mkdir(parents=True, exist_ok=True)
         for name, rows in self.tables.items():
-            (base / "tables" / f"{name}.csv").write_text(csv_text(rows), encoding="utf-8", newline="")
+            (base / "tables" / f"{name}.csv").write_text(csv_text(flat_rows(rows)), encoding="utf-8", newline="")
             (base / "tables" / f"{name}.json").write_text(json_text(rows) + "\n", encoding="utf-8")
         drawn = []
-        with _progress(len(figures(self.hardware)), "drawing") as advance:
-            for figure in figures(self.hardware):
-                drawn.append((figure, _save(figure, base / "plots")))
-                advance(figure.title)
+        planned = pictures(self.hardware)
+        with _progress(len(planned), "drawing") as advance:
+            for picture in planned:
+                drawn.append((picture, _save(picture, base / "plots")))
+                advance(picture.title)
         page = base / "index.html"
         page.write_text(page_html(self, drawn), encoding="utf-8")
         return page
@@ -344,10 +353,7 @@ def build_report(*, hardware: str | Hardware = DEFAULT_HARDWARE) -> Report:
         times = time_rows(counts, advance)
         claims = claim_rows()
         advance("checked the claims")
-    shapes = [
-        {"shape": shape.name, "description": shape.description, **shape.arguments}
-        for shape in SHAPES.values()
-    ]
+    shapes = [{"shape": shape.name, "description": shape.description, **shape.arguments} for shape in SHAPES.values()]
     tables = {"claims": claims, "counts": counts, "times": times, "shapes": shapes, "hardware": table()}
     return Report(row, MappingProxyType(tables))
 
@@ -372,66 +378,65 @@ def _progress(total: int, description: str) -> Iterator[Callable[[str], None]]:
 # Pictures
 
 
-def figures(hardware: Hardware) -> list[Figure]:
+def pictures(hardware: Hardware) -> list[Picture]:
     """Return the pictures of the report, not yet drawn."""
     from simattn import plots
 
     def by_array(direction: Direction) -> Axes:
-        return plots.traffic_by_array({run.algorithm: run for run in _drawn_runs(hardware, (direction,))})
+        return plots.traffic_by_array({run.algorithm: run for run in _runs(DRAWN_SHAPE, hardware, direction)})
 
     return [
-        Figure(
+        Picture(
             "length_forward",
             "Traffic against length, forward",
             "Every algorithm's traffic grows with the square of the length. They differ by a constant: how often tiles "
             "are loaded again.",
             lambda: plots.traffic_against_length(hardware=hardware, **_GROUPED),
         ),
-        Figure(
+        Picture(
             "length_backward",
             "Traffic against length, backward",
             "The backward pass without its forward pass.",
             lambda: plots.traffic_against_length(direction="backward", hardware=hardware, **_GROUPED),
         ),
-        Figure(
+        Picture(
             "sram_forward",
             "Traffic against SRAM size, forward",
             "Each point uses the largest tiles that fit into M. Above the knee at M = d² FlashAttention falls as 1/M; "
             "below it a program that tiles the head dimension too falls as 1/√M and moves less.",
-            lambda: plots.traffic_against_sram(),
+            plots.traffic_against_sram,
         ),
-        Figure(
+        Picture(
             "sram_backward",
             "Traffic against SRAM size, backward",
-            "The same for the backward pass.",
+            "The backward pass. Programs that tile the head dimension fall as 1/√M below the knee, the others as 1/M.",
             lambda: plots.traffic_against_sram(direction="backward"),
         ),
-        Figure(
+        Picture(
             "arrays_forward",
             f"Traffic by array, forward ({DRAWN_SHAPE})",
             "Which arrays the bytes belong to: " + SHAPES[DRAWN_SHAPE].description + ".",
             lambda: by_array("forward"),
         ),
-        Figure(
+        Picture(
             "arrays_backward",
             f"Traffic by array, backward ({DRAWN_SHAPE})",
             "Which arrays the bytes belong to: " + SHAPES[DRAWN_SHAPE].description + ".",
             lambda: by_array("backward"),
         ),
-        Figure(
+        Picture(
             "roofline",
-            f"Roofline ({DRAWN_SHAPE})",
-            "Filled markers are forward, hollow ones backward, each at the rate that its own bytes and operations allow "
-            "at most. A marker above the HBM roof relies on the L2 cache.",
-            lambda: plots.roofline(hardware, _roofline_points(hardware)),
+            f"Roofline ({TIMED_SHAPE})",
+            "Filled markers are forward, hollow ones backward, each at the rate that its own bytes and operations "
+            "allow at most. A marker above the HBM roof relies on the L2 cache.",
+            lambda: plots.roofline(hardware, _roofline_points(hardware), dtype=SHAPES[TIMED_SHAPE].arguments["dtype"]),
         ),
     ]
 
 
-def _drawn_runs(hardware: Hardware, directions: Sequence[Direction] = DIRECTIONS) -> list[Run]:
+def _runs(shape: str, hardware: Hardware, direction: Direction) -> list[Run]:
     return [
-        profile(name, **SHAPES[DRAWN_SHAPE].arguments, direction=direction, hardware=hardware)
-        for direction in directions
+        profile(name, **SHAPES[shape].arguments, direction=direction, hardware=hardware)
         for name, spec in ALGORITHMS.items()
         if direction in spec.directions
     ]
@@ -439,25 +444,24 @@ def _drawn_runs(hardware: Hardware, directions: Sequence[Direction] = DIRECTIONS
 
 def _roofline_points(hardware: Hardware) -> list[tuple[str, float, float]]:
     points = []
-    for run in _drawn_runs(hardware):
-        flops = run.operations.matmul_flops
-        bounds = time_bounds(work_of(run), hardware)
-        points.append(
-            (f"{run.algorithm} {run.direction}", flops / run.traffic.hbm_bytes, flops / bounds.seconds)
-        )
+    for direction in DIRECTIONS:
+        for run in _runs(TIMED_SHAPE, hardware, direction):
+            flops = run.operations.matmul_flops
+            rate = flops / time_bounds(work_of(run), hardware).seconds
+            points.append((f"{run.algorithm} {direction}", flops / run.traffic.hbm_bytes, rate))
     return points
 
 
-def _save(figure: Figure, folder: Path) -> str:
-    """Draw a figure, save it as PNG and SVG, and return the SVG."""
+def _save(picture: Picture, folder: Path) -> str:
+    """Draw a picture, save it as PNG and SVG, and return the SVG."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "simattn"}):  # the same picture is the same file
-        drawn = figure.draw().get_figure(root=True)
+        drawn = picture.draw().get_figure(root=True)
         assert drawn is not None
-        drawn.savefig(folder / f"{figure.name}.png", dpi=150)
-        drawn.savefig(folder / f"{figure.name}.svg", metadata={"Date": None}, transparent=True)
-    return (folder / f"{figure.name}.svg").read_text(encoding="utf-8")
+        drawn.savefig(folder / f"{picture.name}.png", dpi=150)
+        drawn.savefig(folder / f"{picture.name}.svg", metadata={"Date": None}, transparent=True)
+    return (folder / f"{picture.name}.svg").read_text(encoding="utf-8")
 
 
 # Text
@@ -470,7 +474,11 @@ def report_text(report: Report) -> str:
     equal = len(counted) - len(report.contradictions)
     parts = [
         f"Every algorithm on {len(SHAPES)} problems, with the tiles of {report.hardware.name}",
-        text_table(("problem", "what it is"), [(shape.name, shape.description) for shape in SHAPES.values()]),
+        text_table(
+            ("problem", "what it is"),
+            [(shape.name, shape.description) for shape in SHAPES.values()],
+            numeric=False,
+        ),
     ]
     for direction in DIRECTIONS:
         parts += [
@@ -520,7 +528,12 @@ def _matrix(rows: Sequence[Row], direction: str, cell: Callable[[Row], str], *, 
 
 def traffic_cell(row: Row) -> str:
     """Return the bytes moved, and how many times the compulsory ones that is."""
-    return f"{byte_text(row['hbm_bytes'])} ×{row['times_compulsory']:.3g}"
+    return f"{byte_text(row['hbm_bytes'])} ×{ratio_text(row['times_compulsory'])}"
+
+
+def ratio_text(ratio: float) -> str:
+    """Return a ratio with three digits, and no exponent."""
+    return f"{ratio:.3g}" if ratio < 999.5 else f"{float(f'{ratio:.3g}'):,.0f}"
 
 
 def memory_cell(row: Row) -> str:
@@ -537,25 +550,19 @@ def claims_text(rows: Sequence[Row]) -> str:
     """Return the claims with their verdicts, and how many there are of each."""
     lines = []
     for row in rows:
-        mark = " " if row["ok"] else "!"
-        lines.append(f"{mark} {row['verdict']}: {row['statement']} [{row['source']}]")
-        for name in ("tested", "counted"):
-            if row[name]:
-                lines.append(
-                    textwrap.fill(
-                        f"{name}: {row[name]}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8
-                    )
-                )
+        verdict = row["verdict"] if row["ok"] else f"FAILS: {row['verdict']}, expected: {row['expected']}"
+        lines += _wrapped(f"[{verdict}] {row['statement']} ({row['source']})", "", "    ")
+        lines += _wrapped(f"{row['counted']} ({row['range_tested']})", "    ", "    ")
     counts = Counter(row["verdict"] for row in rows)
     failed = sum(not row["ok"] for row in rows)
     lines.append("")
-    lines.append(
-        f"{len(rows)} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
-    )
-    lines.append(
-        f"{failed} claims should hold and do not." if failed else "Every claim that should hold does."
-    )
+    lines.append(f"{len(rows)} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
+    lines.append(f"Claims that should hold and do not: {failed}" if failed else "Every claim that should hold does.")
     return "\n".join(lines)
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    return textwrap.wrap(text, 110, initial_indent=first, subsequent_indent=others)
 
 
 def hardware_text(rows: Sequence[Row]) -> str:

@@ -1,6 +1,8 @@
 """Sweeps: count every point of a grid, on one machine or many, resumable after an interruption.
 
->>> sweep(["flash1", "flash2"], q_len=[1 << 14, 1 << 20], causal=[False, True], output="q_len.jsonl")
+::
+
+    sweep(["flash1", "flash2"], q_len=[1 << 14, 1 << 20], causal=[False, True], output="q_len.jsonl")
 
 The output file
 ---------------
@@ -164,7 +166,8 @@ def sweep(
         points are counted.
     executor
         Where points are counted: any `concurrent.futures.Executor`, such as a ``ProcessPoolExecutor``, or
-        Dask's ``Client.get_executor()`` for a cluster. It is left running. None counts in this process.
+        Dask's ``Client.get_executor()`` for a cluster whose workers have this package. It is left running.
+        None counts in this process.
     progress
         Whether to show a progress bar on standard error; None shows it when that is a terminal.
     errors
@@ -263,7 +266,7 @@ def read_rows(path: str | os.PathLike[str]) -> SweepResult:
     ValueError
         The file is no sweep file, or is damaged; names the line, what it holds and what was expected.
     """
-    return SweepResult(_read(os.fspath(path)).rows.values())
+    return SweepResult(_read("path", os.fspath(path)).rows.values())
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -327,7 +330,7 @@ class _Grid:
             for chosen, _ in axes["algorithm"]:
                 # A misspelled name is a mistake even where infeasible points are rows.
                 options = sorted(field.name for field in dataclasses.fields(get_algorithm(chosen).plan_class))
-                for name in given.keys() - self._defaults.keys() - set(options):
+                for name in sorted(given.keys() - self._defaults.keys() - set(options)):
                     raise TypeError(
                         f"{name}={reprlib.repr(given[name])}: no argument of {chosen}; "
                         f"expected one of {', '.join([*self._defaults, *options])}"
@@ -595,10 +598,9 @@ class _RowFile:
         _held_files.add(self)
         try:
             _lock(self._file.fileno(), self.path)
-            contents = _read(self.path, self._index_of_key)
+            contents = _read("output", self.path, self._index_of_key)
             self._check_version(contents.header)
-            self._size_bytes = contents.size_bytes
-            self._file.truncate(self._size_bytes)
+            self._file.truncate(contents.size_bytes)
             if contents.header is None:
                 self._write(json.dumps(self._header()).encode() + b"\n")
             self._sync()
@@ -649,15 +651,15 @@ class _RowFile:
             )
 
     def _write(self, data: bytes) -> None:
+        size_bytes = self._file.seek(0, os.SEEK_END)
         try:
             remaining = memoryview(data)
             while remaining:
                 remaining = remaining[self._file.write(remaining) :]
         except BaseException:
             # A full disk or an interrupt: leave no half line for the next append to continue.
-            self._file.truncate(self._size_bytes)
+            self._file.truncate(size_bytes)
             raise
-        self._size_bytes += len(data)
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -668,7 +670,7 @@ class _RowFile:
         self._file.close()
 
 
-def _read(path: str, wanted: Mapping[str, int] | None = None) -> _Contents:
+def _read(argument: str, path: str, wanted: Mapping[str, int] | None = None) -> _Contents:
     """Read a sweep file: all rows, or those whose keys are wanted. Every line is checked either way."""
     header: dict[str, Any] | None = None
     rows: dict[str, Row] = {}
@@ -676,7 +678,7 @@ def _read(path: str, wanted: Mapping[str, int] | None = None) -> _Contents:
     size_bytes = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
+            where = f"{argument}={path!r}, line {number}"
             if not line.endswith(b"\n"):
                 if number == 1 and not (line.startswith(_HEADER_START) or _HEADER_START.startswith(line)):
                     raise _malformed(where, line, _EXPECTED_HEADER)

@@ -94,9 +94,7 @@ def windows(max_size: int = 40) -> st.SearchStrategy[Window | None]:
 
 
 @st.composite
-def block_masks(
-    draw: st.DrawFn, q_len: int, kv_len: int, *, block_sizes: Sequence[int] = BLOCK_SIZES
-) -> BlockMask:
+def block_masks(draw: st.DrawFn, q_len: int, kv_len: int, *, block_sizes: Sequence[int] = BLOCK_SIZES) -> BlockMask:
     """Draw a block-sparse mask for a score matrix, from empty to full.
 
     Parameters
@@ -182,9 +180,7 @@ def attention_problems(
 
 
 @st.composite
-def tiles_for(
-    draw: st.DrawFn, problem: AttentionProblem, *, max_tiles: int = 12, with_depth: bool = False
-) -> Tiles:
+def tiles_for(draw: st.DrawFn, problem: AttentionProblem, *, max_tiles: int = 12, with_depth: bool = False) -> Tiles:
     """Draw tiles for a problem: single rows, sizes that do not divide the lengths, and sizes beyond them.
 
     Under a block mask the tiles divide its blocks.
@@ -350,9 +346,7 @@ def _wide_exponents(problem: AttentionProblem, generator: np.random.Generator) -
 
 
 def _repeated_maxima(problem: AttentionProblem, generator: np.random.Generator) -> Inputs:
-    inputs = {
-        name: generator.integers(-2, 3, shape).astype(np.float64) for name, shape in _shapes(problem).items()
-    }
+    inputs = {name: generator.integers(-2, 3, shape).astype(np.float64) for name, shape in _shapes(problem).items()}
     if problem.kv_len:
         inputs["k"] = inputs["k"][:, generator.integers(0, max(1, problem.kv_len // 4), problem.kv_len)]
     return inputs
@@ -536,7 +530,8 @@ def _visible_product(weights: Values, values: Values, seen: npt.NDArray[np.bool_
         return weights @ values
     product = np.zeros((*weights.shape[:-1], values.shape[-1]), dtype=values.dtype)
     for row, columns in enumerate(seen):
-        product[..., row, :] = (weights[..., row, None, columns] @ values[..., columns, :])[..., 0, :]
+        visible = weights[..., row, :][..., None, columns] @ values[..., columns, :]
+        product[..., row, :] = visible[..., 0, :]
     return product
 
 
@@ -621,9 +616,7 @@ def assert_within_error_budget(
         If the low-precision reference is not finite where the reference is, so that it gives no budget.
     """
     stored = np.asarray(actual)
-    result, exact, rough = (
-        np.asarray(array).astype(np.float64) for array in (actual, reference, low_precision)
-    )
+    result, exact, rough = (np.asarray(array).astype(np.float64) for array in (actual, reference, low_precision))
     assert result.shape == exact.shape, f"{name} has shape {result.shape}, expected {exact.shape}"
     if rough.shape != exact.shape:
         raise ValueError(f"low_precision has shape {rough.shape}: expected {exact.shape}, the reference's")

@@ -1,4 +1,7 @@
-"""Hypothesis profiles, and the count of property-test examples that ends every run."""
+"""Hypothesis profiles, and the count of property-test examples that ends every run.
+
+``HYPOTHESIS_PROFILE=explore`` draws ten times as many examples, other ones every time.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +17,32 @@ settings.register_profile(
     max_examples=100,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.register_profile("explore", settings.get_profile("ci"), derandomize=False)
+settings.register_profile("explore", settings.get_profile("ci"), derandomize=False, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-examples = {"tests": 0, "examples": 0}
+counted = {"tests": 0, "examples": 0}
 
 
-def pytest_itemcollected(item):
+def pytest_collection_finish(session):
     """Count the examples that reach the end of a property test's body: neither rejected nor failed."""
-    handle = getattr(getattr(item, "obj", None), "hypothesis", None)
-    if handle is None:
-        return
-    examples["tests"] += 1
-    inner = handle.inner_test
-    if getattr(inner, "counts_examples", False):
-        return
+    handles = [getattr(getattr(item, "obj", None), "hypothesis", None) for item in session.items]
+    handles = [handle for handle in handles if handle is not None]
+    counted["tests"] = len(handles)
+    for handle in {id(handle): handle for handle in handles}.values():
+        handle.inner_test = _counting(handle.inner_test)
 
-    @functools.wraps(inner)
-    def counted(*args, **kwargs):
-        result = inner(*args, **kwargs)
-        examples["examples"] += 1
-        return result
 
-    counted.counts_examples = True
-    handle.inner_test = counted
+def _counting(test):
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        test(*args, **kwargs)
+        counted["examples"] += 1
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter):
-    if examples["examples"]:
+    if counted["examples"]:
         terminalreporter.write_line(
-            f"hypothesis: {examples['examples']:,} examples passed in {examples['tests']} property tests"
+            f"hypothesis: {counted['examples']:,} examples passed in {counted['tests']} property tests"
         )

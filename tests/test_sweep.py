@@ -65,9 +65,7 @@ class Mask:
         return self.digest
 
 
-def stub_profile(
-    algorithm, *, batch=1, q_len, kv_len=None, window=None, block_mask=None, plan=None, dtype="bfloat16"
-):
+def stub_profile(algorithm, *, batch=1, q_len, kv_len=None, window=None, block_mask=None, plan=None, dtype="bfloat16"):
     """Stand in for `simattn.profile` where a test needs to steer its duration or its failures."""
     if q_len < 0:
         raise ValueError(f"{q_len=}: expected at least 0")
@@ -185,7 +183,7 @@ def test_row_holds_all_arguments_counts_and_the_plan(stub):
     assert stub == [{"algorithm": "flash2", "q_len": 5, "window": (3, None)}]
 
 
-@pytest.mark.parametrize("axis", [[1, 2, 3], range(1, 4), np.arange(1, 4), np.arange(1, 4, dtype=np.uint8)])
+@pytest.mark.parametrize("axis", [[1, 2, 3], range(1, 4), np.arange(1, 4, dtype=np.uint8), list(np.arange(1, 4))])
 def test_axes_may_be_lists_ranges_and_arrays(stub, axis):
     assert sweep("a", q_len=axis) == sweep("a", q_len=[1, 2, 3])
     assert {type(call["q_len"]) for call in stub} == {int}
@@ -196,6 +194,7 @@ def test_tuples_arrays_and_scalars_of_numpy_are_single_values(stub):
     rows = sweep("a", q_len=np.int64(4), window=[(1, 0), (2, 0)], block_mask=block_mask)
     assert rows.column("window") == [[1, 0], [2, 0]]
     assert stub[0]["block_mask"] is block_mask
+    assert type(stub[0]["q_len"]) is int
 
 
 def test_grid_couples_arguments_and_its_entries_are_grids(stub):
@@ -406,16 +405,19 @@ def lines_of_a_file(tmp_path):
 )
 def test_damaged_files_are_refused_and_left_alone(stub, tmp_path, damage, message):
     path = tmp_path / "rows.jsonl"
-    damaged = b"".join(damage(*lines_of_a_file(tmp_path)))
+    lines = lines_of_a_file(tmp_path)
+    damaged = b"".join(damage(*lines))
     path.write_bytes(damaged)
-    for use in (lambda: sweep("a", q_len=[1, 2, 3], output=path), lambda: read_rows(path)):
+    for use, argument in (
+        (lambda: sweep("a", q_len=[1, 2, 3], output=path), "output"),
+        (lambda: read_rows(path), "path"),
+    ):
         with pytest.raises(ValueError, match=message) as raised:
             use()
-        assert str(path) in str(raised.value)
+        assert str(raised.value).startswith(f"{argument}={str(path)!r}, line ")
     assert path.read_bytes() == damaged
-    with contextlib.suppress(ValueError):
-        path.unlink()
-        sweep("a", q_len=1, output=path)  # the refusal holds no lock
+    path.write_bytes(b"".join(lines))
+    assert len(sweep("a", q_len=[1, 2, 3], output=path)) == 3  # the refusal holds no lock
 
 
 def test_file_of_another_version_is_read_but_not_continued(stub, tmp_path, monkeypatch):
@@ -423,9 +425,7 @@ def test_file_of_another_version_is_read_but_not_continued(stub, tmp_path, monke
     rows = sweep("a", q_len=[1, 2], output=path)
     monkeypatch.setattr(sweep_module, "_package_version", lambda: "9.9")
     assert read_rows(path) == rows
-    with pytest.raises(
-        ValueError, match=r"line 1: counted by simattn .*, expected 9\.9; give another output"
-    ):
+    with pytest.raises(ValueError, match=r"line 1: counted by simattn .*, expected 9\.9; give another output"):
         sweep("a", q_len=[1, 2], output=path)
 
 
@@ -465,6 +465,7 @@ def slow_sweep(path, how="serial"):
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SLOW_SWEEP), str(path), how],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
@@ -494,6 +495,19 @@ def test_killed_sweep_resumes(stub, tmp_path, how):
     assert len(stub) == 1000 - n_survived
     assert_complete(path, rows)
     assert rows == sweep("a", q_len=range(20, 1020))
+
+
+@pytest.mark.parametrize("how", ["serial", "fork"])
+def test_sweep_interrupted_from_the_keyboard_ends_and_resumes(stub, tmp_path, how):
+    path = tmp_path / "rows.jsonl"
+    with slow_sweep(path, how) as process:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the pool's workers too
+        assert process.wait(10) != 0
+    n_survived = len(read_rows(path))
+    rows = sweep("a", q_len=range(20, 1020), output=path)
+    assert 7 <= n_survived < 1000
+    assert len(stub) == 1000 - n_survived
+    assert_complete(path, rows)
 
 
 def test_second_sweep_of_a_file_is_refused(stub, tmp_path):
@@ -530,9 +544,7 @@ def test_file_system_without_locks_is_refused(stub, tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(
-        RuntimeError, match=r"cannot be locked \(.*No locks available\); expected a file system"
-    ):
+    with pytest.raises(RuntimeError, match=r"cannot be locked \(.*No locks available\); expected a file system"):
         sweep("a", q_len=[1], output=tmp_path / "rows.jsonl")
 
 
@@ -685,26 +697,49 @@ def test_dask_cluster_equals_serial(real_rows, tmp_path):
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 7, 512])
-def test_tasks_in_flight_are_bounded_and_results_may_come_in_any_order(stub, tmp_path, max_in_flight):
+def test_results_may_come_in_any_order(stub, tmp_path, max_in_flight):
     path = tmp_path / "rows.jsonl"
-    most_in_flight = 0
 
     def after_submit(executor):
-        nonlocal most_in_flight
         waiting = [future for future in executor.futures if not future.done()]
-        most_in_flight = max(most_in_flight, len(waiting))
         n_submitted = sum(future.n_points for future in executor.futures)
         if n_submitted == 3000 or len(waiting) == max_in_flight:
             for future in waiting[:: -1 if n_submitted == 3000 else -2]:
                 future.run()
 
     executor = ScriptedExecutor(after_submit)
-    q_len = range(20, 3020)
-    rows = sweep("a", q_len=q_len, output=path, executor=executor, max_in_flight=max_in_flight)
-    assert rows.column("q_len") == list(q_len)
-    assert most_in_flight <= max_in_flight
+    rows = sweep("a", q_len=range(20, 3020), output=path, executor=executor, max_in_flight=max_in_flight)
+    assert rows.column("q_len") == list(range(20, 3020))
     assert len(executor.futures) < 3000 / 4  # small points travel together
     assert_complete(path, rows)
+
+
+class GatedExecutor(concurrent.futures.ThreadPoolExecutor):
+    """Finishes nothing until some time after `n_tasks` are in flight; sees how many there are at most."""
+
+    def __init__(self, n_tasks):
+        super().__init__(2)
+        self.futures = []
+        self.n_tasks = n_tasks
+        self.gate = threading.Event()
+        self.most_in_flight = 0
+
+    def submit(self, function, /, *arguments):
+        future = super().submit(lambda: self.gate.wait() and function(*arguments))
+        self.futures.append(future)
+        n_in_flight = sum(not future.done() for future in self.futures)
+        self.most_in_flight = max(self.most_in_flight, n_in_flight)
+        if n_in_flight == self.n_tasks:
+            threading.Timer(0.2, self.gate.set).start()
+        return future
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 7, 50])
+def test_tasks_in_flight_are_bounded(stub, max_in_flight):
+    with GatedExecutor(max_in_flight) as executor:
+        rows = sweep("a", q_len=range(20, 3020), executor=executor, max_in_flight=max_in_flight)
+    assert rows.column("q_len") == list(range(20, 3020))
+    assert executor.most_in_flight == max_in_flight
 
 
 def test_slow_chunks_hand_back_what_they_have_not_reached(stub, monkeypatch):

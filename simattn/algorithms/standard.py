@@ -146,6 +146,7 @@ def softmax_kernel(
 
     def finish(tile: Tile, key_rows: Rows) -> None:
         machine.normalise(tile, row_sum)
+        machine.hide(tile, machine.hidden_elements(query_rows, key_rows), 0.0)  # in a row of NaN they are NaN
         machine.store(tile, probabilities, query_rows, key_rows)
 
     key_tile = softmax_key_tile(problem, plan)
@@ -280,6 +281,7 @@ def softmax_gradient_kernel(
 
     def finish(key_rows: Rows, p: Tile, dp: Tile) -> None:
         machine.softmax_gradient(p, dp, delta)
+        machine.hide(dp, machine.hidden_elements(query_rows, key_rows), 0.0)
         machine.store(dp, dscores, query_rows, key_rows)
 
     key_tile = softmax_key_tile(problem, plan)

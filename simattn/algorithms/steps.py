@@ -134,6 +134,7 @@ def score_gradients(
     """Recompute P and return it, dS = P ∘ (dO Vᵀ − delta) without the scale, and which elements are hidden."""
     probabilities, hidden = masked_scores(machine, q, k, query_rows, key_rows, place=place)
     statistics.probabilities(machine, probabilities)
+    machine.hide(probabilities, hidden, 0.0)  # in a row of NaN they are NaN
     dscores = machine.matmul(dout, v, place=place, name="dscores", transpose_b=True)
     machine.softmax_gradient(probabilities, dscores, statistics.delta)
     machine.hide(dscores, hidden, 0.0)

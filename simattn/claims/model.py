@@ -10,9 +10,7 @@ from typing import Any, Literal, get_args
 from simattn.plan import check_choice
 from simattn.tables import text_table
 
-Verdict = Literal[
-    "holds", "holds with constant c", "does not hold", "timing only, not comparable"
-]
+Verdict = Literal["holds", "holds with constant c", "does not hold", "timing only, not comparable"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 HOLDS, HOLDS_WITH_CONSTANT, DOES_NOT_HOLD, TIMING_ONLY = VERDICTS
 
@@ -100,9 +98,7 @@ def claim(
     """Turn a function that counts the evidence into a :class:`Claim`."""
 
     def decorate(evidence: Callable[[], Evidence]) -> Claim:
-        return Claim(
-            identifier=identifier, statement=statement, source=source, expected=expected, evidence=evidence
-        )
+        return Claim(identifier=identifier, statement=statement, source=source, expected=expected, evidence=evidence)
 
     return decorate
 
@@ -168,9 +164,7 @@ class ClaimTable(tuple[ClaimRow, ...]):
             height = max(map(len, wrapped))
             if body:
                 body.append([""] * len(heads))
-            body += [
-                [lines[index] if index < len(lines) else "" for lines in wrapped] for index in range(height)
-            ]
+            body += [[lines[index] if index < len(lines) else "" for lines in wrapped] for index in range(height)]
         failing = f"{len(self.failures)} fail" if self.failures else "all as expected"
         return f"ClaimTable, {len(self)} claims, {failing}\n" + text_table(heads, body, numeric=False)
 

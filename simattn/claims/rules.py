@@ -26,9 +26,6 @@ DRIFT_LIMIT = 0.05
 
 FLOAT32_BYTES = 4
 
-# The numbers that popular articles and the papers' introductions mean by "typical".
-TYPICAL_SRAM_BYTES = 100_000
-
 
 @lru_cache(maxsize=8192)
 def counted(algorithm: str, **arguments: Any) -> Run:
@@ -83,14 +80,15 @@ LARGE_MEMORY = tuple(
 LARGE_MEMORY_RANGE = "d = 32, 128, 512; M = 1…4096 d² elements; N = 1…256 M/d; float32, plan fit"
 
 SMALL_MEMORY = tuple(
-    Point(length, d, d * d // ratio, deep=ratio >= 16)
+    Point(length, d, d * d // ratio, deep=ratio >= 64)
     for d in (128, 512, 2048)
-    for ratio in (4, 16, 64, 256)
+    for ratio in (4, 16, 64, 256, 1024)
     for length in (1 << 14, 1 << 18)
+    if d * d // ratio >= d
 )
-"""M < d²: M/d² on a grid."""
+"""d ≤ M < d²: d²/M on a grid, far into the limit from its middle."""
 
-SMALL_MEMORY_RANGE = "d = 128, 512, 2048; M = 1/256…1/4 d² elements; N = 2¹⁴, 2¹⁸; float32, plan fit"
+SMALL_MEMORY_RANGE = "d = 128, 512, 2048; M = d²/4…d²/1024 elements, at least d; N = 2¹⁴, 2¹⁸; float32, plan fit"
 
 
 @dataclass(frozen=True)
@@ -154,14 +152,10 @@ def compare(
 
 def theta_evidence(ratio: Ratio, range_tested: str) -> Evidence:
     """Judge a Θ claim."""
-    return Evidence(
-        range_tested=range_tested, counted=ratio.text, verdict=ratio.verdict, numbers=ratio.numbers
-    )
+    return Evidence(range_tested=range_tested, counted=ratio.text, verdict=ratio.verdict, numbers=ratio.numbers)
 
 
-def equality_evidence(
-    pairs: Iterable[tuple[Any, Any]], range_tested: str, formula: str, **numbers: Any
-) -> Evidence:
+def equality_evidence(pairs: Iterable[tuple[Any, Any]], range_tested: str, formula: str, **numbers: Any) -> Evidence:
     """Judge a claim that every count equals a formula: (counted, stated) pairs, compared exactly."""
     pairs = list(pairs)
     different = [pair for pair in pairs if pair[0] != pair[1]]

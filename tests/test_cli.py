@@ -1,0 +1,417 @@
+"""The command line: every command and argument, exit codes, and one-line errors."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import simattn
+from simattn import cli, report
+from simattn.hardware import table
+
+
+def claim(ok=True):
+    return {
+        "identifier": "one",
+        "statement": "A statement.",
+        "source": "A source",
+        "range_tested": "N = 1",
+        "counted": "2",
+        "numbers": {"elements": 2},
+        "verdict": "holds" if ok else "does not hold",
+        "expected": "holds",
+        "ok": ok,
+    }
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command and return its exit code, standard output and standard error."""
+
+    def call(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def printed(run, *arguments):
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    return out
+
+
+def csv_rows(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+# count
+
+PROBLEM = {"q_len": 3000, "kv_len": 5000, "batch": 2, "heads": 8, "kv_heads": 2, "head_dim": 96, "value_dim": 64}
+
+
+def options(arguments):
+    return [text for name, value in arguments.items() for text in (f"--{name.replace('_', '-')}", value)]
+
+
+def test_count_prints_the_table(run):
+    out = printed(run, "count", "flash2", "--q-len", "1M", "--head-dim", 128, "--causal")
+    expected = simattn.profile("flash2", q_len=1 << 20, head_dim=128, causal=True)
+    assert out == f"{expected!r}\n"
+
+
+def test_count_json_has_the_numbers_of_the_call(run):
+    out = printed(run, "count", "flash2", *options(PROBLEM), "--direction", "backward", "--json")
+    found = json.loads(out)
+    expected = simattn.profile("flash2", direction="backward", **PROBLEM)
+    assert found["traffic"] == list(expected.traffic.rows())
+    assert found["operations"]["matmul_flops"] == expected.operations.matmul_flops
+    assert found["peak_sram_bytes"] == expected.peak_sram_bytes
+    assert found["hbm_bytes_by_role"] == expected.hbm_bytes_by_role
+    assert found["plan"]["tiles"]["q"] == expected.plan.tiles.q
+    assert {name: found["problem"][name] for name in PROBLEM} == PROBLEM
+    assert (found["algorithm"], found["direction"]) == ("flash2", "backward")
+
+
+def test_count_json_keeps_large_integers(run):
+    found = json.loads(printed(run, "count", "standard", "--q-len", "1_000_000_000_000", "--json"))
+    assert found["traffic"][-1]["hbm_read_bytes"] == simattn.count("standard", q_len=10**12).hbm_read_bytes > 2**64
+
+
+def test_count_csv_has_the_rows_of_the_traffic(run):
+    rows = csv_rows(printed(run, "count", "flash1", "--q-len", 4096, "--csv"))
+    expected = [{name: str(value) for name, value in row.items()} for row in simattn.count("flash1", q_len=4096).rows()]
+    assert rows == expected
+
+
+def test_count_closed_form(run):
+    out = json.loads(printed(run, "count", "flash2", *options(PROBLEM), "--closed-form", "--json"))
+    expected = simattn.closed_form("flash2", **PROBLEM)
+    assert out["traffic"] == list(expected.rows())
+    assert "peak_sram_bytes" not in out
+    assert printed(run, "count", "flash2", *options(PROBLEM), "--closed-form") == f"{expected!r}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        (["--window", "1023,0"], {"window": (1023, 0)}),
+        (["--window", "none,512"], {"window": (None, 512)}),
+        (["--window=-,5"], {"window": (None, 5)}),
+        (["--window", "1k,none", "--causal"], {"window": (1024, None), "causal": True}),
+        (["--tiles", "64,32"], {"tiles": (64, 32)}),
+        (["--dtype", "float16"], {"dtype": "float16"}),
+        (["--scale", "0.5"], {"scale": 0.5}),
+        (["--plan", "paper"], {"plan": "paper"}),
+        (["--hardware", "T4"], {"hardware": "T4"}),
+        (["--sram-bytes", "96k"], {"sram_bytes": 96 * 1024}),
+        (["--direction", "backward", "--option", "dq=deterministic"], {"direction": "backward", "dq": "deterministic"}),
+        (["--option", "stages=3", "--option", "repeat_kv=true"], {"stages": 3, "repeat_kv": True}),
+    ],
+)
+def test_count_passes_its_arguments_on(run, given, arguments):
+    shape = {"q_len": 4096, "heads": 4, "kv_heads": 2}
+    out = printed(run, "count", "flash2", *options(shape), *given, "--csv")
+    expected = simattn.count("flash2", **shape, **arguments)
+    assert out.splitlines()[-1] == ",".join(str(value) for value in list(expected.rows())[-1].values())
+
+
+def test_count_takes_three_tile_sizes(run):
+    given = ("--sram-bytes", "64k", "--tiles", "32,32,16")
+    found = json.loads(printed(run, "count", "small_cache", "--q-len", 1024, *given, "--json"))
+    assert found["plan"]["tiles"] == {"q": 32, "kv": 32, "depth": 16}
+
+
+def test_count_takes_a_block_mask(run, tmp_path):
+    blocks = np.tri(8, dtype=bool)
+    np.save(tmp_path / "mask.npy", blocks)
+    given = ("--q-len", 1024, "--block-mask", tmp_path / "mask.npy", "--block-size", "128,128")
+    found = json.loads(printed(run, "count", "flash2", *given, "--json"))
+    mask = simattn.BlockMask.from_array(blocks, q_block=128, kv_block=128)
+    assert found["traffic"] == list(simattn.count("flash2", q_len=1024, block_mask=mask).rows())
+    assert found["problem"]["block_mask"] == mask.fingerprint()
+
+
+def test_count_has_every_argument_of_the_call():
+    parameters = inspect.signature(simattn.count).parameters
+    expected = {name for name, entry in parameters.items() if entry.kind is not entry.VAR_KEYWORD}
+    for command in ("count", "sweep"):
+        arguments = cli._parser().parse_args([command, "flash2", "--q-len", "1"])
+        assert expected <= set(vars(arguments)), command
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("7", 7), ("1_000", 1000), ("128k", 131072), ("128K", 131072), ("1M", 1 << 20), ("2g", 2 << 30), ("1T", 1 << 40)],
+)
+def test_integers_take_suffixes(text, value):
+    assert cli._integer(text) == value
+
+
+# sweep
+
+SWEEP = ("sweep", "flash1,flash2", "--q-len", "1k,4k", "--causal", "no,yes", "--head-dim", "64")
+
+
+def expected_sweep():
+    return simattn.sweep(["flash1", "flash2"], q_len=[1024, 4096], head_dim=64, causal=[False, True])
+
+
+def test_sweep_json_equals_the_call(run):
+    found = json.loads(printed(run, *SWEEP, "--json"))
+    key = ("algorithm", "q_len", "causal")
+    rows = {tuple(row[name] for name in key): row for row in found}
+    expected = {tuple(row[name] for name in key): dict(row) for row in expected_sweep()}
+    assert len(found) == 8
+    assert rows == expected
+
+
+def test_sweep_csv_and_table(run):
+    rows = csv_rows(printed(run, *SWEEP, "--csv"))
+    assert sorted(int(row["hbm_bytes"]) for row in rows) == sorted(expected_sweep().column("hbm_bytes"))
+    assert printed(run, *SWEEP).startswith("SweepResult, 8 rows")
+
+
+def test_sweep_resumes_from_its_file(run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    first = printed(run, "sweep", "flash2", "--q-len", "1k,2k", "--output", path, "--json")
+    size = path.stat().st_size
+    assert printed(run, "sweep", "flash2", "--q-len", "1k,2k", "--output", path, "--json") == first
+    assert path.stat().st_size == size
+    assert len(json.loads(printed(run, "sweep", "flash2", "--q-len", "1k,2k,4k", "--output", path, "--json"))) == 3
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 4
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_sweep_counts_in_other_processes(run):
+    assert printed(run, *SWEEP, "--workers", 2, "--json") == printed(run, *SWEEP, "--json")
+
+
+def test_sweep_axes_of_pairs_and_options(run):
+    found = json.loads(
+        printed(
+            run,
+            *("sweep", "flash2", "--q-len", "4k", "--direction", "backward", "--causal"),
+            *("--window", "1023,0", "--window", "none,0", "--tiles", "32,32", "--tiles", "64,64"),
+            *("--option", "dq=reduce,deterministic", "--json"),
+        )
+    )
+    expected = {
+        (left, size, dq): simattn.count(
+            "flash2",
+            q_len=4096,
+            causal=True,
+            direction="backward",
+            window=(left, 0),
+            tiles=(size, size),
+            dq=dq,
+        ).hbm_bytes
+        for left in (1023, None)
+        for size in (32, 64)
+        for dq in ("reduce", "deterministic")
+    }
+    assert {(row["window"][0], row["plan_tiles_q"], row["dq"]): row["hbm_bytes"] for row in found} == expected
+
+
+def test_sweep_keeps_errors_as_rows(run):
+    arguments = ("sweep", "flash2", "--q-len", "1k", "--plan", "fit", "--sram-bytes", "64,64k")
+    found = json.loads(printed(run, *arguments, "--errors", "row", "--json"))
+    assert [row["error"] is None for row in found] == [False, True]
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("simattn: error: sram_bytes=64")
+    assert "while counting" in err
+
+
+# hardware, claims, report
+
+
+def test_hardware_rows(run):
+    assert json.loads(printed(run, "hardware", "--json")) == table()
+    assert len(csv_rows(printed(run, "hardware", "--csv"))) == len(table())
+    out = printed(run, "hardware", "T4", "B200")
+    assert out.startswith("T4\n")
+    assert "\n\nB200\n" in out
+    assert "H100" not in out.replace("H100 ", "")
+    for row in table():
+        if row["hardware"] in ("T4", "B200"):
+            assert f"{row['figure']} " in out
+            assert row["source"] in out
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
+def test_claims_exit_code_follows_the_verdicts(run, monkeypatch, ok, code):
+    monkeypatch.setattr(report, "claim_rows", lambda: [claim(), claim(ok)])
+    found, out, err = run("claims")
+    assert (found, err) == (code, "")
+    assert "[holds] A statement. (A source)" in out
+    assert ("FAILS: does not hold, expected: holds" in out) is not ok
+    assert out.splitlines()[-1] == (
+        "Every claim that should hold does." if ok else "Claims that should hold and do not: 1"
+    )
+    found, out, _ = run("claims", "--json")
+    assert (found, json.loads(out)) == (code, [claim(), claim(ok)])
+    found, out, _ = run("claims", "--csv")
+    assert found == code
+    assert [row["ok"] for row in csv_rows(out)] == ["True", str(ok)]
+    assert "numbers" not in csv_rows(out)[0]
+
+
+def test_report_json_and_failing_exit_code(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "claim_rows", lambda: [claim(ok=False)])
+    monkeypatch.setattr(report, "pictures", lambda hardware: [])
+    code, out, err = run("report", "--output", tmp_path, "--hardware", "A100-80GB", "--json")
+    assert (code, err) == (1, "")
+    found = json.loads(out)
+    assert found["ok"] is False
+    assert found["page"] == str(tmp_path / "index.html")
+    assert (tmp_path / "index.html").is_file()
+    assert found["claims"] == [claim(ok=False)]
+    assert len(found["counts"]) > len(simattn.ALGORITHMS)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "arguments are required: COMMAND"),
+        (["cuont"], "invalid choice: 'cuont'"),
+        (["count"], "arguments are required: ALGORITHM"),
+        (["count", "flash2"], "--q-len is missing"),
+        (["count", "flash9", "--q-len", "8"], "algorithm='flash9'"),
+        (["count", "flash2", "--q-len", "eight"], "'eight': expected an integer"),
+        (["count", "flash2", "--q-len", ""], "'': expected an integer"),
+        (["count", "flash2", "--q-len=-1"], "q_len=-1"),
+        (["count", "flash2", "--q-len", "8", "--heads", "3", "--kv-heads", "2"], "kv_heads=2 does not divide heads=3"),
+        (["count", "flash2", "--q-len", "8", "--dtype", "int8"], "dtype='int8'"),
+        (["count", "flash2", "--q-len", "8", "--scale", "nan"], "scale=nan"),
+        (["count", "flash2", "--q-len", "8", "--scale", "big"], "'big': expected a number"),
+        (["count", "flash2", "--q-len", "8", "--window", "4"], "expected LEFT,RIGHT"),
+        (["count", "flash2", "--q-len", "8", "--tiles", "4"], "expected Q,KV or Q,KV,DEPTH"),
+        (["count", "flash2", "--q-len", "8", "--tiles", "0,4"], "tiles.q=0"),
+        (["count", "flash2", "--q-len", "8", "--direction", "up"], "direction='up'"),
+        (["count", "flash2", "--q-len", "8", "--plan", "best"], "plan='best'"),
+        (["count", "flash2", "--q-len", "8", "--hardware", "H900"], "hardware='H900'"),
+        (["count", "flash2", "--q-len", "8", "--sram-bytes", "16"], "sram_bytes=16"),
+        (["count", "flash2", "--q-len", "8", "--option", "dq"], "'dq': expected NAME=VALUE"),
+        (["count", "flash2", "--q-len", "8", "--option", "dp=reduce"], "'dp' is no argument"),
+        (
+            ["count", "flash2", "--q-len", "8", "--option", "stages=2", "--option", "stages=3"],
+            "stages is given already",
+        ),
+        (["count", "flash2", "--q-len", "8", "--option", "q_len=3"], "q_len is given already"),
+        (["count", "flash2", "--q-len", "8", "--block-mask", "mask.npy"], "expected both or neither"),
+        (["count", "flash2", "--q-len", "8", "--block-mask", "no.npy", "--block-size", "8,8"], "no.npy"),
+        (["count", "flash2", "--q-len", "8", "--json", "--csv"], "not allowed with"),
+        (["count", "flash2", "--q-len", "8", "extra"], "unrecognized arguments: extra"),
+        (["sweep", "flash2", "--q-len", "1k,1024"], "twice"),
+        (["sweep", "flash2", "--q-len", "8", "--causal", "maybe"], "'maybe': expected true or false"),
+        (["sweep", "flash2", "--q-len", "8", "--workers", "0"], "max_workers"),
+        (["sweep", "flash2", "--q-len", "8", "--output", "/no/such/folder/rows.jsonl"], "/no/such/folder"),
+        (["hardware", "H900"], "hardware='H900'"),
+        (["report", "--hardware", "H900"], "hardware='H900'"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_two(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("simattn: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_report_into_a_file_is_an_error(run, tmp_path):
+    (tmp_path / "taken").write_text("not a folder", encoding="utf-8")
+    code, _, err = run("report", "--output", tmp_path / "taken")
+    assert code == 2
+    assert "taken" in err
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "not a folder"
+
+
+def test_malformed_sweep_file_is_an_error(run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("my notes\n", encoding="utf-8")
+    code, _, err = run("sweep", "flash2", "--q-len", 8, "--output", path)
+    assert code == 2
+    assert "my notes" in err
+    assert path.read_text(encoding="utf-8") == "my notes\n"
+
+
+def test_broken_mask_file_is_an_error(run, tmp_path):
+    (tmp_path / "mask.npy").write_bytes(b"no array")
+    code, _, err = run("count", "flash2", "--q-len", 8, "--block-mask", tmp_path / "mask.npy", "--block-size", "8,8")
+    assert code == 2
+    assert err.startswith("simattn: error: ")
+
+
+def test_a_bug_is_not_called_a_wrong_argument(run, monkeypatch):
+    def broken():
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(report, "claim_rows", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run("claims")
+
+
+def test_interruption_has_its_own_code(run, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "claim_rows", interrupted)
+    assert run("claims") == (130, "", "simattn: interrupted\n")
+
+
+# The process
+
+
+@pytest.mark.parametrize("command", [[], ["report"], ["claims"], ["count"], ["sweep"], ["hardware"]], ids=" ".join)
+def test_help_is_printed(run, command):
+    out = printed(run, *command, "--help")
+    assert out.startswith("usage: simattn")
+    if command in (["count"], ["sweep"]):
+        assert all(name in out for name in simattn.ALGORITHMS)
+
+
+def test_version_is_printed(run):
+    assert printed(run, "--version").startswith("simattn 0.")
+
+
+def test_the_module_is_a_program():
+    command = [sys.executable, "-m", "simattn", "count", "flash2", "--q-len", "64", "--json"]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert json.loads(done.stdout)["traffic"] == list(simattn.count("flash2", q_len=64).rows())
+    assert done.stderr == ""
+    failed = subprocess.run(command[:-2], capture_output=True, check=False, text=True)
+    assert failed.returncode == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closed pipes are reported this way on POSIX")
+def test_a_reader_that_leaves_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "simattn", "hardware"]
+    try:
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False, text=True)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_counting_imports_no_heavy_module():
+    script = (
+        "import sys; from simattn.cli import main; main(['count', 'flash2', '--q-len', '64']); "
+        "sys.exit(str({'matplotlib', 'numba', 'tqdm', 'ml_dtypes', 'hypothesis'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, text=True)
+    assert done.stderr.strip() == "set()"
