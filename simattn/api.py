@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from simattn.algorithms import get_algorithm
 from simattn.algorithms.algorithm import Algorithm
-from simattn.arithmetic.floating import FloatArithmetic, get_arithmetic
+from simattn.arithmetic.floating import ARITHMETICS, FloatArithmetic, get_arithmetic
 from simattn.arithmetic.formats import FLOAT8, storage_name
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Operations
@@ -301,7 +301,8 @@ def run(
     q_descale, k_descale, v_descale
         For eight-bit storage: factors of shape (batch, kv_heads), default 1.
     arithmetic
-        "float32" (NumPy, outputs rounded to their storage format) or "float64" (the oracle, nothing rounded).
+        "float32" (NumPy, outputs rounded to their storage format), "float64" (the oracle, nothing rounded) or, where
+        the algorithm fixes the order of every operation, "simt" (the bits of its CUDA-core kernel).
     plan, hardware, sram_bytes, **options
         As for :func:`profile`.
 
@@ -329,7 +330,7 @@ def run(
         sram_bytes=sram_bytes,
         **options,
     )
-    machine = _simulated(request, get_arithmetic(arithmetic), inputs.head_major(request.problem))
+    machine = _simulated(request, _checked_arithmetic(arithmetic, request), inputs.head_major(request.problem))
     return _finished(request, machine, **_forward_numbers(machine))
 
 
@@ -383,10 +384,22 @@ def run_backward(
     kept = {name: value for name, value in options.items() if name != "tiles"}
     kept |= {name: getattr(request.plan, name) for name in ("repeat_kv", "enforce_capacity", "accumulators")}
     before = _request(algorithm, **shared, direction="forward", plan=plan if isinstance(plan, str) else None, **kept)
-    chosen, values = get_arithmetic(arithmetic), inputs.head_major(request.problem)
+    chosen, values = _checked_arithmetic(arithmetic, request), inputs.head_major(request.problem)
     forward = _simulated(before, chosen, values)
     machine = _simulated(request, chosen, values, forward)
     return _finished(request, machine, **_backward_numbers(machine))
+
+
+def _checked_arithmetic(name: str, request: _Request) -> FloatArithmetic:
+    arithmetic, exact = get_arithmetic(name), request.spec.exact_arithmetics.get(request.direction, ())
+    if name not in ARITHMETICS and name not in exact:
+        raise ValueError(
+            f"arithmetic={name!r}: {request.spec.name} {request.direction} fixes no order of operations for it; "
+            f"expected one of {[*ARITHMETICS, *exact]}"
+        )
+    if name not in ARITHMETICS and request.problem.is_float8:
+        raise ValueError(f"arithmetic={name!r} with dtype={request.problem.dtype!r}: expected 32- or 16-bit storage")
+    return arithmetic
 
 
 def _simulated(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 when a claim that should hold does not, or a count contradicts its closed form; 2 for wrong
         arguments.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # Θ and × where the terminal has no UTF-8
     try:
         arguments = _parser().parse_args(argv)
         code: int = arguments.command(arguments)

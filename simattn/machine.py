@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from simattn.arithmetic.floating import FloatArithmetic, HiddenElements
+from simattn.arithmetic.floating import FloatArithmetic, HiddenElements, add_in_place
 from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype
 from simattn.masks import Rows, VisibleRows, all_rows
 from simattn.problem import AttentionProblem
@@ -731,25 +731,18 @@ class Machine:
                 hidden = {position: elements.T for position, elements in (hidden or {}).items()}
             if transpose_b:
                 right = right.swapaxes(-1, -2)
-            if hidden:
-                values = self.arithmetic.visible_matmul(left, right, hidden)
+            arithmetic, masked = self.arithmetic, hidden or {}
+            if into is None:
+                tile.values = arithmetic.product(left, right, masked)
             else:
-                values = self.arithmetic.matmul(left, right)
-            self._set_product(tile, values, into)
+                self._update(tile, lambda present: arithmetic.accumulate(present, left, right, masked))
         return tile
 
     def _set_product(self, tile: Tile, values: Values, into: Tile | None) -> None:
         if into is None:
             tile.values = values
         else:
-
-            def add(present: Values) -> Values | None:
-                if present.shape != np.broadcast_shapes(present.shape, values.shape):
-                    return present + values
-                np.add(present, values, out=present)
-                return None
-
-            self._update(tile, add)
+            self._update(tile, lambda present: add_in_place(present, values))
 
     def update_row_max(self, row_max: Tile, scores: Tile) -> Tile:
         """Raise the running row maximum to the scores' and return exp(old − new), the correction factor."""
@@ -799,9 +792,9 @@ class Machine:
             vector_flops=values.rows * (values.columns + (0 if correction is None else 1)),
         )
         if self.arithmetic is not None:
-            added = self.arithmetic.row_sum(self._read(values))
+            arithmetic, added = self.arithmetic, self._read(values)
             factor = None if correction is None else self._read(correction)
-            self._update(row_sum, lambda old: (old if factor is None else old * factor) + added)
+            self._update(row_sum, lambda old: arithmetic.updated_row_sum(old, factor, added))
 
     def rescale(self, tile: Tile, correction: Tile) -> None:
         """Multiply each row by its factor."""

@@ -540,9 +540,7 @@ def _label_ends(ax: Axes, ends: Sequence[_End]) -> None:
     to_axes = ax.transData + ax.transAxes.inverted()
     wanted = sorted(((float(to_axes.transform((end.x, end.y))[1]), end) for end in ends), key=lambda pair: pair[0])
     size = float(_font_size())
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    height_points = ax.get_window_extent().height * 72 / figure.dpi
+    height_points = ax.get_window_extent().height * 72 / ax.figure.dpi
     gap = 1.35 * size / height_points
     for (_, end), position in zip(wanted, _spread([height for height, _ in wanted], gap), strict=True):
         ax.annotate(

@@ -455,10 +455,11 @@ def _roofline_points(hardware: Hardware) -> list[tuple[str, float, float]]:
 def _save(picture: Picture, folder: Path) -> str:
     """Draw a picture, save it as PNG and SVG, and return the SVG."""
     from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     with rc_context({"svg.hashsalt": "simattn"}):  # the same picture is the same file
-        drawn = picture.draw().get_figure(root=True)
-        assert drawn is not None
+        drawn = picture.draw().figure
+        assert isinstance(drawn, Figure)
         drawn.savefig(folder / f"{picture.name}.png", dpi=150)
         drawn.savefig(folder / f"{picture.name}.svg", metadata={"Date": None}, transparent=True)
     return (folder / f"{picture.name}.svg").read_text(encoding="utf-8")

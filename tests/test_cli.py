@@ -396,6 +396,14 @@ def test_the_module_is_a_program():
     assert failed.returncode == 2
 
 
+def test_a_terminal_without_unicode_gets_escapes():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "simattn", "count", "flash2", "--q-len", "64"]
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    assert rb"query \xd7 " in done.stdout
+    assert done.stderr == b""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="closed pipes are reported this way on POSIX")
 def test_a_reader_that_leaves_is_no_error():
     read, write = os.pipe()

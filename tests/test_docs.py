@@ -69,7 +69,7 @@ def test_console_examples(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for text in blocks(path, "console"):
         for session in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
-            command, _, expected = session.partition("\n")
+            command, _, expected = session.replace("\\\n", "").partition("\n")
             words = shlex.split(command)
             if words[0] != "simattn":
                 continue
@@ -210,7 +210,10 @@ def bytes_of_table(name, problem, plan, direction, symbols):
     def add(rows, rename=lambda array: array, **changed):
         for array, moved, latex, condition in rows:
             if condition is None or eval(condition, {}, facts):
-                key = (rename(array), {"read": "hbm_read_bytes", "written": "hbm_write_bytes"}.get(moved, "hbm_reduce_bytes"))
+                key = (
+                    rename(array),
+                    {"read": "hbm_read_bytes", "written": "hbm_write_bytes"}.get(moved, "hbm_reduce_bytes"),
+                )
                 total[key] = total.get(key, 0) + value_of(latex, symbols | changed)
 
     copied = {"k": "k_repeated", "v": "v_repeated"} if plan.repeat_kv else {}
@@ -249,7 +252,9 @@ def test_tables_are_the_closed_forms(algorithm, direction, data):
 
 
 @pytest.mark.parametrize("name", formulas()[1])
-@pytest.mark.parametrize(("length", "head_dim", "tiles"), [(512, 64, (64, 64)), (1000, 48, (96, 40)), (96, 80, (1, 7, 30))])
+@pytest.mark.parametrize(
+    ("length", "head_dim", "tiles"), [(512, 64, (64, 64)), (1000, 48, (96, 40)), (96, 80, (1, 7, 30))]
+)
 def test_elements_are_the_closed_forms(name, length, head_dim, tiles):
     algorithm, direction, *settings = name.split()
     options = {key: int(value) if value.isdigit() else value for key, value in (item.split("=") for item in settings)}

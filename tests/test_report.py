@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from types import MappingProxyType
 
@@ -225,7 +226,9 @@ def test_the_text_ends_with_the_claims_and_the_page(written):
     assert "counts equal their formula" in text
 
 
-def test_the_same_report_is_the_same_files(built, tmp_path):
+def test_the_same_report_is_the_same_files(built, tmp_path, monkeypatch):
+    first, *_, last = report.pictures(built.hardware)
+    monkeypatch.setattr(report, "pictures", lambda hardware: [first, last])
     built.write(tmp_path / "one")
     built.write(tmp_path / "two")
     built.write(tmp_path / "two")  # over an earlier report
@@ -322,3 +325,13 @@ def test_times_have_three_digits(seconds, text):
 )
 def test_hardware_figures_have_units(name, value, text):
     assert report.figure_text(name, value) == text
+
+
+def test_progress_goes_to_a_terminal_only(monkeypatch, capsys):
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with report._progress(2, "counting") as advance:
+            advance("counted gqa-4k")
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert ("counting" in captured.err) is terminal

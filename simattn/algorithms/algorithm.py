@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from simattn.hardware import Hardware
@@ -53,6 +53,8 @@ class Algorithm:
         integer, direction) → tiles.
     gpu_tiles
         Tiles to try on a GPU, best first: (problem, hardware, direction) → tiles.
+    exact_arithmetics
+        Arithmetics that promise a kernel's bits, by the direction in which they fix the order of every operation.
     declare_saved
         Declares, besides q, k and v, the arrays that the forward pass leaves for the backward pass.
     plan_defaults
@@ -71,6 +73,7 @@ class Algorithm:
     paper_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
     fit_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
     gpu_tiles: Callable[[AttentionProblem, Hardware, Direction], list[Tiles]]
+    exact_arithmetics: Mapping[Direction, tuple[str, ...]] = field(default_factory=dict)
     declare_saved: Callable[[Machine, AttentionProblem, Any], None] = declare_output_and_lse
     plan_defaults: Callable[[AttentionProblem, Direction, PlanKind], dict[str, Any]] = _no_defaults
     complete_plan: Callable[[AttentionProblem, Any, int], Any] = _already_complete

@@ -290,4 +290,5 @@ ALGORITHM = Algorithm(
     paper_tiles=paper_tiles,
     fit_tiles=fit_tiles,
     gpu_tiles=gpu_tiles,
+    exact_arithmetics={"forward": ("simt",)},
 )

@@ -68,6 +68,14 @@ class FloatArithmetic:
             product = np.matmul(a, b)
         return product
 
+    def product(self, a: Values, b: Values, hidden: HiddenElements) -> Values:
+        """Return a b, hidden elements of a left out."""
+        return self.visible_matmul(a, b, hidden) if hidden else self.matmul(a, b)
+
+    def accumulate(self, into: Values, a: Values, b: Values, hidden: HiddenElements) -> Values | None:
+        """Add a b to ``into`` in place, or return the sum where it has a larger shape."""
+        return add_in_place(into, self.product(a, b, hidden))
+
     def visible_matmul(self, a: Values, b: Values, hidden: HiddenElements) -> Values:
         """Return a b, where a hidden element of a contributes nothing even if b holds NaN or Inf there.
 
@@ -96,12 +104,12 @@ class FloatArithmetic:
 
     def correction(self, old_max: Values, new_max: Values) -> Values:
         """Return exp(old_max − new_max), 0 where no score was seen before."""
-        factor: Values = np.exp(old_max - _finite_maximum(new_max))
+        factor: Values = np.exp(old_max - finite_maximum(new_max))
         return factor
 
     def exponential(self, scores: Values, row_max: Values) -> None:
         """Replace scores by exp(scores − row_max); rows without a visible score become 0."""
-        np.subtract(scores, _finite_maximum(row_max), out=scores)
+        np.subtract(scores, finite_maximum(row_max), out=scores)
         np.exp(scores, out=scores)
 
     def probabilities(self, scores: Values, log_sum_exp: Values) -> None:
@@ -112,6 +120,10 @@ class FloatArithmetic:
         """Return the sum of each row."""
         total: Values = values.sum(axis=-1, keepdims=True)
         return total
+
+    def updated_row_sum(self, row_sum: Values, factor: Values | None, values: Values) -> Values:
+        """Return row_sum · factor + the sum of each row of values."""
+        return (row_sum if factor is None else row_sum * factor) + self.row_sum(values)
 
     def row_dot(self, a: Values, b: Values) -> Values:
         """Return the dot product of each pair of rows."""
@@ -132,7 +144,7 @@ class FloatArithmetic:
 
     def log_sum_exp(self, row_max: Values, row_sum: Values) -> Values:
         """Return row_max + log(row_sum), −inf in rows without a visible score."""
-        return _finite_maximum(row_max) + np.log(row_sum)
+        return finite_maximum(row_max) + np.log(row_sum)
 
     def softmax_gradient(self, probabilities: Values, dprobabilities: Values, delta: Values) -> None:
         """Replace dP by P ∘ (dP − delta)."""
@@ -140,7 +152,15 @@ class FloatArithmetic:
         np.multiply(dprobabilities, probabilities, out=dprobabilities)
 
 
-def _finite_maximum(row_max: Values) -> Values:
+def add_in_place(into: Values, values: Values) -> Values | None:
+    """Add values to ``into`` in place, or return the sum where it has a larger shape."""
+    if into.shape != np.broadcast_shapes(into.shape, values.shape):
+        return into + values
+    np.add(into, values, out=into)
+    return None
+
+
+def finite_maximum(row_max: Values) -> Values:
     """Replace −inf, the maximum of no score, by 0 so that exp(−inf − 0) is 0 and not NaN."""
     return np.where(row_max == -np.inf, row_max.dtype.type(0), row_max)
 
@@ -188,6 +208,10 @@ def get_arithmetic(name: str) -> FloatArithmetic:
     ValueError
         If the name is unknown.
     """
+    if name == "simt":
+        from simattn.arithmetic.simt import SIMT  # loads Numba
+
+        return SIMT
     if name not in ARITHMETICS:
-        raise ValueError(f"arithmetic={name!r} is unknown; expected one of {sorted(ARITHMETICS)}")
+        raise ValueError(f"arithmetic={name!r} is unknown; expected one of {[*sorted(ARITHMETICS), 'simt']}")
     return ARITHMETICS[name]
