@@ -1,0 +1,50 @@
+"""
+Traffic against length
+======================
+
+How the bytes between memory and multiprocessors grow with the sequence length, for every algorithm.
+
+All of them grow with the square of the length: exact attention moves Θ(N²) bytes for a given SRAM, FlashAttention
+included. What it changes is the constant. The distance to the dashed line, inputs and outputs moved once, grows with N
+for each of them.
+"""
+
+import matplotlib.pyplot as plt
+
+import simattn
+
+shape = {"heads": 32, "kv_heads": 8, "head_dim": 128, "causal": True}
+figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+simattn.plots.traffic_against_length(ax=axes, **shape)
+
+# %%
+# Standard attention computes the whole score matrix even under a causal mask; the others skip the tiles above the
+# diagonal. The backward pass:
+
+figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+simattn.plots.traffic_against_length(ax=axes, direction="backward", **shape)
+
+# %%
+# The exponents, fitted to counts at lengths where the lower-order terms no longer matter:
+
+from simattn.bounds import fit_exponents
+
+for name, algorithm in simattn.ALGORITHMS.items():
+    for direction in algorithm.directions:
+        rows = [
+            {"N": length, "bytes": simattn.count(name, q_len=length, direction=direction, **shape).hbm_bytes}
+            for length in (1 << exponent for exponent in range(17, 23))
+        ]
+        print(f"{name:15} {direction:9} {fit_exponents(rows, ['N'], value='bytes')}")
+
+# %%
+# What the bytes are, at 16,384 tokens:
+
+runs = [
+    simattn.profile(name, q_len=1 << 14, direction=direction, **shape)
+    for name in ("standard", "flash1", "flash2")
+    for direction in ("forward", "backward")
+]
+figure, axes = plt.subplots(figsize=(8.5, 4), layout="constrained")
+simattn.plots.traffic_by_array(runs, ax=axes)
+plt.show()

@@ -1,0 +1,251 @@
+"""Directives that make tables and links from the package itself, and mathematics as MathML.
+
+What a directive prints comes from the registry, the hardware table and the claims at build time, so no page repeats
+them. MathML is drawn by the browser: neither building nor reading needs the network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.directives.other import TocTree
+
+import simattn
+from simattn.hardware import HARDWARE
+from simattn.hardware import table as hardware_table
+from simattn.plan import Plan
+from simattn.report import figure_text
+
+# Mathematics
+
+
+def visit_math(translator: Any, node: nodes.math) -> None:
+    """Write inline mathematics."""
+    translator.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def visit_math_block(translator: Any, node: nodes.math_block) -> None:
+    """Write displayed mathematics."""
+    translator.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
+# Tables
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "") -> list[str]:
+    """Return the lines of a table; ``align`` has a letter, l or r, for each column."""
+    rules = ["--:" if letter == "r" else ":--" for letter in align.ljust(len(heads), "l")]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (heads, rules, *rows)]
+    return ["| " + " | ".join(row) + " |" for row in cells]
+
+
+class MarkdownDirective(Directive):
+    """A directive that is replaced by Markdown."""
+
+    def lines(self) -> list[str]:
+        """Return the Markdown."""
+        raise NotImplementedError
+
+    def run(self) -> list[nodes.Node]:
+        """Parse it in place."""
+        parent = nodes.Element()
+        self.state.nested_parse(StringList(self.lines(), source="generated"), self.content_offset, parent)
+        return parent.children
+
+
+class AlgorithmTable(MarkdownDirective):
+    """The registry as a table, its names linked to their pages."""
+
+    optional_arguments = 1
+
+    def lines(self) -> list[str]:
+        """Return one row per algorithm."""
+        folder = self.arguments[0] if self.arguments else ""
+        rows = [
+            [f"[`{name}`]({folder}{name}.md)", spec.title, ", ".join(spec.directions), spec.summary]
+            for name, spec in simattn.ALGORITHMS.items()
+        ]
+        return markdown_table(["name", "title", "directions", "what it does"], rows)
+
+
+class AlgorithmPages(TocTree):
+    """The table of contents of the registry's pages."""
+
+    has_content = False
+
+    def run(self) -> list[nodes.Node]:
+        """List a page for every algorithm."""
+        self.content = StringList(list(simattn.ALGORITHMS), source="generated")
+        return super().run()
+
+
+class AlgorithmFacts(MarkdownDirective):
+    """Name, source and directions of one algorithm."""
+
+    required_arguments = 1
+
+    def lines(self) -> list[str]:
+        """Return them as a list."""
+        spec = simattn.ALGORITHMS[self.arguments[0]]
+        return [
+            f"{spec.summary}",
+            "",
+            f"- name: `{spec.name}`",
+            f"- directions: {', '.join(spec.directions)}",
+            f"- source: {spec.source}",
+        ]
+
+
+class PlanOptions(MarkdownDirective):
+    """The fields of a plan class with defaults, values and meanings; without an argument, those of every plan."""
+
+    optional_arguments = 1
+
+    def lines(self) -> list[str]:
+        """Return one row per field that the class adds or whose default it changes."""
+        shared = {item.name: item.default for item in dataclasses.fields(Plan)}
+        kind = simattn.ALGORITHMS[self.arguments[0]].plan_class if self.arguments else Plan
+        hints, meanings = typing.get_type_hints(kind), dict(field_meanings(kind))
+        rows = [
+            [
+                f"`{item.name}`",
+                "" if item.default is dataclasses.MISSING else f"`{item.default!r}`",
+                ", ".join(values_of(hints[item.name])),
+                meanings[item.name],
+            ]
+            for item in dataclasses.fields(kind)
+            if kind is Plan or item.name not in shared or shared[item.name] != item.default
+        ]
+        if not rows:
+            return ["Only the options of [every plan](../plans.md#options-of-every-plan)."]
+        return markdown_table(["option", "default", "values", "meaning"], rows)
+
+
+def values_of(hint: Any) -> Iterator[str]:
+    """Yield the values that a field may have, as Markdown."""
+    if typing.get_origin(hint) is typing.Literal:
+        yield from (f"`{value!r}`" for value in typing.get_args(hint))
+    elif typing.get_args(hint):
+        for part in typing.get_args(hint):
+            yield from values_of(part)
+    elif hint is type(None):
+        yield "`None`"
+    elif hint is bool:
+        yield from ("`False`", "`True`")
+    else:
+        yield {int: "a positive integer"}.get(hint, f"`{hint.__name__}`")
+
+
+def field_meanings(kind: type) -> Iterator[tuple[str, str]]:
+    """Yield each field's description in the docstrings of the class and its bases."""
+    for base in reversed(kind.__mro__):
+        text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        _, _, attributes = text.partition("Attributes\n----------\n")
+        names: list[str] = []
+        meaning: list[str] = []
+        for line in [*attributes.splitlines(), "end"]:
+            if line.startswith(" "):
+                meaning.append(line.strip())
+            elif line:
+                yield from ((name, " ".join(meaning).replace("``", "`")) for name in names)
+                names, meaning = line.split(", "), []
+
+
+class HardwareTable(MarkdownDirective):
+    """Every figure of every GPU, side by side."""
+
+    def lines(self) -> list[str]:
+        """Return one row per figure and one column per GPU."""
+        rows = hardware_table()
+        figures = list(dict.fromkeys(str(row["figure"]) for row in rows))
+        values = {(row["hardware"], row["figure"]): row["value"] for row in rows}
+        body = [
+            [
+                f"`{figure}`",
+                *(
+                    figure_text(figure, values.get((name, figure))).replace(" ", "\N{NO-BREAK SPACE}")
+                    for name in HARDWARE
+                ),
+            ]
+            for figure in figures
+        ]
+        return markdown_table(["figure", *HARDWARE], body, align="l" + "r" * len(HARDWARE))
+
+
+class HardwareSources(MarkdownDirective):
+    """Where every figure of every GPU was published."""
+
+    def lines(self) -> list[str]:
+        """Return, for each GPU, its sources and the figures that come from each."""
+        lines: list[str] = []
+        for name, row in HARDWARE.items():
+            figures: dict[str, list[str]] = {}
+            for figure in row.figures():
+                figures.setdefault(row.source(figure), []).append(f"`{figure}`")
+            body = [[", ".join(items), source] for source, items in figures.items()]
+            lines += [f"**{name}**", "", *markdown_table(["figures", "source"], body), ""]
+        return lines
+
+
+class ClaimsTable(MarkdownDirective):
+    """Every claim with its verdict."""
+
+    def lines(self) -> list[str]:
+        """Return how many came to each verdict, then one row per claim."""
+        rows = simattn.claims()
+        verdicts = Counter(row.verdict for row in rows)
+        summary = "; ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+        body = [
+            [
+                f"{plain(row.statement)}<br>*{plain(row.source)}*",
+                f"{plain(row.counted)}<br>*{plain(row.range_tested)}*",
+                f"**{row.verdict}**" + ("" if row.ok else f" (FAILS: expected {row.expected})"),
+            ]
+            for row in rows
+        ]
+        heads = ["claim, *source*", "counted, *range tested*", "verdict"]
+        return [f"{len(rows)} claims: {summary}.", "", *markdown_table(heads, body)]
+
+
+def plain(text: str) -> str:
+    """Return text with the characters escaped that Markdown would take for its own."""
+    return re.sub(r"([\\`*_$<\[])", r"\\\1", text)
+
+
+DIRECTIVES: Mapping[str, type[Directive]] = {
+    "algorithm-table": AlgorithmTable,
+    "algorithm-pages": AlgorithmPages,
+    "algorithm-facts": AlgorithmFacts,
+    "plan-options": PlanOptions,
+    "claims-table": ClaimsTable,
+    "hardware-table": HardwareTable,
+    "hardware-sources": HardwareSources,
+}
+
+
+def keep_property_text(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Keep a colon in a property's first line from being taken for the end of a type."""
+    if what == "property" and lines:
+        lines[0] = lines[0].replace(": ", " – ")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the directives and the mathematics."""
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
+    app.connect("autodoc-process-docstring", keep_property_text, priority=400)
+    for name, directive in DIRECTIVES.items():
+        app.add_directive(name, directive)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
