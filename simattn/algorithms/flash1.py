@@ -24,6 +24,7 @@ from simattn.algorithms.steps import (
     score_gradients,
     update_softmax,
 )
+from simattn.hardware import Hardware
 from simattn.machine import Array, Machine
 from simattn.plan import Direction, Plan, Tiles, check_choice
 from simattn.problem import AttentionProblem
@@ -228,6 +229,12 @@ def fit_tiles(problem: AttentionProblem, size: int, direction: Direction) -> Til
     return flash2.fit_tiles(problem, size, "backward")
 
 
+def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:
+    """Return the tiles of FlashAttention's first kernels, few query rows on many keys, then smaller ones."""
+    most = 256 if direction == "forward" and max(problem.head_dim, problem.value_dim) <= 64 else 128
+    return [Tiles(q=min(16, keys), kv=keys) for keys in (256, 128, 64, 32, 16, 8, 4, 2, 1) if keys <= most]
+
+
 ALGORITHM = Algorithm(
     name="flash1",
     title="FlashAttention",
@@ -238,6 +245,6 @@ ALGORITHM = Algorithm(
     closed_forms={"forward": closed_form_forward, "backward": closed_form_backward},
     paper_tiles=flash2.paper_tiles,
     fit_tiles=fit_tiles,
-    gpu_tiles=flash2.gpu_tiles,
+    gpu_tiles=gpu_tiles,
     declare_saved=declare_saved,
 )
