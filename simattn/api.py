@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,6 @@ from simattn.tables import byte_text
 from simattn.traffic import Traffic
 
 Values = npt.NDArray[Any]
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -139,11 +139,18 @@ def _request(
     return _Request(spec, direction, problem, made, capacity)
 
 
-def _takes_the_arguments_of_a_request(function: Callable[P, R]) -> Callable[P, R]:
-    """Show the arguments of :func:`_request` as the signature of a function that passes them on."""
+def _takes_the_arguments_of_a_request(function: Callable[..., R]) -> Callable[..., R]:
+    """Show and check the arguments of :func:`_request`, which the function passes on."""
+    arguments = inspect.signature(_request)
+
+    @functools.wraps(function)
+    def checked(*given: Any, **named: Any) -> R:
+        arguments.bind(*given, **named)
+        return function(*given, **named)
+
     result = inspect.signature(function).return_annotation
-    function.__signature__ = inspect.signature(_request).replace(return_annotation=result)  # type: ignore[attr-defined]
-    return function
+    checked.__signature__ = arguments.replace(return_annotation=result)  # type: ignore[attr-defined]
+    return checked
 
 
 def checked_algorithm(algorithm: str, direction: str, problem: AttentionProblem) -> Algorithm:
@@ -156,7 +163,7 @@ def checked_algorithm(algorithm: str, direction: str, problem: AttentionProblem)
     """
     spec = get_algorithm(algorithm)
     if direction not in spec.programs:
-        raise ValueError(f"direction={direction!r}: {algorithm} has {spec.directions}")
+        raise ValueError(f"direction={direction!r} of {algorithm}: expected one of {spec.directions}")
     if direction == "backward" and problem.is_float8:
         raise ValueError(
             f"direction='backward' with dtype={problem.dtype!r}: eight-bit storage is forward only; "

@@ -148,7 +148,11 @@ class BlockMask:
         shape
             (q_blocks, kv_blocks): blocks of the whole score matrix.
         """
-        ordered = sorted({(int(row), int(column)) for row, column in blocks})
+        pairs = list(blocks)
+        for row, column in pairs:
+            if not (is_integer(row) and is_integer(column)):
+                raise TypeError(f"blocks names {(row, column)}: expected integers")
+        ordered = sorted({(int(row), int(column)) for row, column in pairs})
         for row, column in ordered:
             if not (0 <= row < shape[0] and 0 <= column < shape[1]):
                 raise ValueError(f"blocks names {(row, column)}: expected indices inside {shape=}")

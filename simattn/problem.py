@@ -189,6 +189,9 @@ def _checked_window(window: Any) -> Window | None:
         return None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window={window!r}: expected None or a pair (left, right)")
+    for side in window:
+        if is_integer(side) and side < 0:
+            raise ValueError(f"window={window!r}: expected counts of at least 0, or None for no limit")
     left, right = (
         None if side is None else checked_integer(f"window[{index}]", side, 0) for index, side in enumerate(window)
     )

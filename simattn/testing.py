@@ -139,7 +139,7 @@ def attention_problems(
     max_batch, max_heads, max_len
         Largest batch, number of query heads and length.
     min_len
-        Smallest batch and length: 0 draws empty problems too.
+        Smallest length; 0 draws empty sequences, and batches without any, too.
     head_dims
         Head and value dimensions to draw from.
     dtypes

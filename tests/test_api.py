@@ -84,8 +84,8 @@ def test_signatures_show_the_arguments(call):
 
 COUNT_REFUSED = [
     ({"algorithm": "flash4"}, ValueError, "algorithm='flash4' is unknown; expected one of .*'flash2'"),
-    ({"direction": "decode"}, ValueError, r"direction='decode': flash2 has \('forward', 'backward'\)"),
-    ({"algorithm": "small_cache", "direction": "backward"}, ValueError, "direction='backward': small_cache has"),
+    ({"direction": "decode"}, ValueError, r"direction='decode' of flash2: expected one of \('forward', 'backward'\)"),
+    ({"algorithm": "small_cache", "direction": "backward"}, ValueError, "direction='backward' of small_cache: expected"),
     (
         {"direction": "backward", "dtype": "float8_e4m3fn"},
         ValueError,
@@ -133,7 +133,7 @@ RUN_REFUSED = [
     (changed(v=arrays()["v"].astype(ml_dtypes.bfloat16)), TypeError, "v has dtype bfloat16: expected float32"),
     (changed(arithmetic="float16"), ValueError, "arithmetic='float16' is unknown; expected one of .*'float64'"),
     (changed(causal=1), TypeError, "causal=1: expected a bool"),
-    (changed(window=(-1, 0)), ValueError, r"window\[0\]=-1"),
+    (changed(window=(-1, 0)), ValueError, r"window=\(-1, 0\): expected counts of at least 0"),
     (changed(scale=0.0), ValueError, r"scale=0\.0"),
     (changed(tiles=(0, 4)), ValueError, r"tiles\.q=0"),
     (changed(tile=(4, 4)), TypeError, "'tile' is no argument and no plan option"),
@@ -186,7 +186,7 @@ def test_run_backward_refuses_what_has_no_backward():
     float8 = arrays(value_dim=8, kv_len=4, dtype=ml_dtypes.float8_e4m3fn)
     with pytest.raises(ValueError, match="direction='backward' with dtype='float8_e4m3fn'"):
         simattn.run_backward("flash2", **float8, dout=float8["q"])
-    with pytest.raises(ValueError, match="direction='backward': small_cache has"):
+    with pytest.raises(ValueError, match="direction='backward' of small_cache: expected"):
         simattn.run_backward("small_cache", **arrays(), dout=np.ones((2, 4, 4, 5), np.float32))
 
 

@@ -139,6 +139,11 @@ def test_block_mask_from_array_refuses(arguments, words):
         BlockMask.from_array(**arguments)
 
 
+def test_block_mask_from_blocks_refuses_fractions():
+    with pytest.raises(TypeError, match=r"blocks names \(0, 1\.5\): expected integers"):
+        BlockMask.from_blocks([(0, 1.5)], q_block=1, kv_block=1, shape=(2, 2))
+
+
 def test_block_mask_from_blocks_refuses_indices_outside():
     with pytest.raises(ValueError, match=r"\(2, 0\).*shape=\(2, 2\)"):
         BlockMask.from_blocks([(0, 0), (2, 0)], q_block=1, kv_block=1, shape=(2, 2))
