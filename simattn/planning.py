@@ -90,6 +90,8 @@ def make_plan(
         kind = ("gpu" if sram_bytes is None else "fit") if plan is None else plan
         check_choice("plan", kind, PLAN_KINDS)
         made = _plan_of_kind(algorithm, problem, direction, kind, gpu, capacity, options)
+    if made.tiles.depth is not None and not algorithm.chunks_columns:
+        raise ValueError(f"tiles.depth={made.tiles.depth}: {algorithm.name} takes all columns at a time; expected None")
     check_tiles_divide_blocks(problem, made.tiles)
     return made, capacity
 

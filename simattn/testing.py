@@ -194,7 +194,7 @@ def tiles_for(draw: st.DrawFn, problem: AttentionProblem, *, max_tiles: int = 12
     max_tiles
         Most tiles along an axis, which bounds the work of walking them; blocks are not split beyond it.
     with_depth
-        Whether to draw chunks of the head dimension too, for algorithms that take them.
+        Whether to draw chunks of the head dimension too; for algorithms with ``chunks_columns``.
     """
     sizes = []
     mask = problem.block_mask

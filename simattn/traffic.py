@@ -33,7 +33,11 @@ class ArrayTraffic:
         return ArrayTraffic(*(getattr(self, name) + getattr(other, name) for name in COUNTERS))
 
     def __mul__(self, times: int) -> ArrayTraffic:
+        if not isinstance(times, int):
+            return NotImplemented
         return ArrayTraffic(*(getattr(self, name) * times for name in COUNTERS))
+
+    __rmul__ = __mul__
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in COUNTERS)
@@ -79,6 +83,8 @@ class Traffic:
         return Traffic(total)
 
     def __mul__(self, times: int) -> Traffic:
+        if not isinstance(times, int):
+            return NotImplemented
         return Traffic({name: counters * times for name, counters in self.by_array.items()})
 
     __rmul__ = __mul__

@@ -85,7 +85,11 @@ def test_signatures_show_the_arguments(call):
 COUNT_REFUSED = [
     ({"algorithm": "flash4"}, ValueError, "algorithm='flash4' is unknown; expected one of .*'flash2'"),
     ({"direction": "decode"}, ValueError, r"direction='decode' of flash2: expected one of \('forward', 'backward'\)"),
-    ({"algorithm": "small_cache", "direction": "backward"}, ValueError, "direction='backward' of small_cache: expected"),
+    (
+        {"algorithm": "small_cache", "direction": "backward"},
+        ValueError,
+        "direction='backward' of small_cache: expected",
+    ),
     (
         {"direction": "backward", "dtype": "float8_e4m3fn"},
         ValueError,

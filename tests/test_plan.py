@@ -200,3 +200,9 @@ def test_paper_plans_report_their_excess(name, direction):
 def test_machine_arguments_refused(arguments, error, words):
     with pytest.raises(error, match=words):
         simattn.count("flash2", q_len=8, **arguments)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in simattn.ALGORITHMS.items() if not spec.chunks_columns])
+def test_refuses_chunks_of_columns_that_the_algorithm_does_not_take(name):
+    with pytest.raises(ValueError, match=f"tiles.depth=8: {name} takes all columns"):
+        simattn.count(name, q_len=16, tiles=(16, 16, 8))

@@ -91,3 +91,11 @@ def test_repr_is_a_table():
     assert [line.split()[0] for line in lines[3:]] == ["out", "q", "total"]
     assert lines[4].split()[1] == "8,000,000"
     assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_only_whole_multiples():
+    counters = ArrayTraffic(hbm_read_bytes=3)
+    assert 2 * counters == counters * 2 == ArrayTraffic(hbm_read_bytes=6)
+    for traffic in (counters, Traffic({"q": counters})):
+        with pytest.raises(TypeError):
+            traffic * 1.5

@@ -53,6 +53,8 @@ class Algorithm:
         integer, direction) → tiles.
     gpu_tiles
         Tiles to try on a GPU, best first: (problem, hardware, direction) → tiles.
+    chunks_columns
+        Whether ``tiles.depth`` columns of the head dimension are handled at a time; others take all and refuse it.
     exact_arithmetics
         Arithmetics that promise a kernel's bits, by the direction in which they fix the order of every operation.
     declare_saved
@@ -73,6 +75,7 @@ class Algorithm:
     paper_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
     fit_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
     gpu_tiles: Callable[[AttentionProblem, Hardware, Direction], list[Tiles]]
+    chunks_columns: bool = False
     exact_arithmetics: Mapping[Direction, tuple[str, ...]] = field(default_factory=dict)
     declare_saved: Callable[[Machine, AttentionProblem, Any], None] = declare_output_and_lse
     plan_defaults: Callable[[AttentionProblem, Direction, PlanKind], dict[str, Any]] = _no_defaults

@@ -132,4 +132,5 @@ ALGORITHM = Algorithm(
     paper_tiles=paper_tiles,
     fit_tiles=cubic_tiles,
     gpu_tiles=gpu_tiles,
+    chunks_columns=True,
 )

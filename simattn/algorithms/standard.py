@@ -383,6 +383,7 @@ ALGORITHM = Algorithm(
     paper_tiles=paper_tiles,
     fit_tiles=cubic_tiles,
     gpu_tiles=gpu_tiles,
+    chunks_columns=True,
     declare_saved=declare_saved,
     complete_plan=complete_plan,
 )

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 import simattn
@@ -47,7 +47,7 @@ def arguments_of(problem, names=None):
 def plans(draw, name, problem):
     """Arguments that choose a plan: tiles, options, and which kind's defaults fill in the rest."""
     return {
-        "tiles": draw(tiles_for(problem, with_depth=True)),
+        "tiles": draw(tiles_for(problem, with_depth=ALGORITHMS[name].chunks_columns)),
         "plan": draw(st.sampled_from(("gpu", "fit", "paper"))),
         "enforce_capacity": False,
         **draw(plan_options(ALGORITHMS[name])),
@@ -186,7 +186,7 @@ def check_float32(name, direction, problem, inputs, plan, stack=None):
 @settings(max_examples=3 * EXAMPLES)
 @given(data=st.data())
 def test_count_equals_closed_form(name, direction, data):
-    problem = data.draw(attention_problems(max_len=300, max_heads=8, head_dims=(1, 16, 64, 100)))
+    problem = data.draw(attention_problems(max_len=300, max_heads=8, head_dims=(1, 16, 100, 256)))
     arguments = {**arguments_of(problem), **data.draw(plans(name, problem)), "direction": direction}
     assert simattn.count(name, **arguments).global_only() == simattn.closed_form(name, **arguments)
 
@@ -344,7 +344,24 @@ def test_hidden_inputs_may_hold_anything(name, direction, data):
         assert np.isfinite(values).all() or key == "lse"
 
 
-# 4. Empty and single
+# 4. Ordinary, empty and single
+
+
+@every_program
+@pytest.mark.parametrize(
+    ("plan", "mask"), [("gpu", {"causal": True}), ("fit", {"window": (100, 20)}), ("paper", {})], ids=str
+)
+def test_plans_chosen_for_ordinary_shapes(name, direction, plan, mask):
+    problem = simattn.AttentionProblem(
+        heads=2, kv_heads=1, q_len=301, kv_len=334, head_dim=64, value_dim=40, dtype="bfloat16", **mask
+    )
+    inputs = find(
+        attention_inputs(problem, backward=direction == "backward", kinds=["normal"]),
+        lambda _: True,
+        settings=settings(max_examples=1, database=None),
+    )
+    for check in (check_simulated_counts, check_float64, check_float32):
+        check(name, direction, problem, inputs, {"plan": plan})
 
 
 @every_program
