@@ -74,9 +74,7 @@ def test_published_float32_peak_agrees_with_multiprocessors_and_clock(row):
 
 @every_row
 def test_memory_levels_get_smaller_and_faster(row):
-    assert (
-        row.sram_bytes_per_block <= row.shared_bytes_per_multiprocessor <= row.sram_bytes_per_multiprocessor
-    )
+    assert row.sram_bytes_per_block <= row.shared_bytes_per_multiprocessor <= row.sram_bytes_per_multiprocessor
     assert row.l2_bytes < row.hbm_bytes
     assert row.hbm_bytes_per_second < row.sram_bytes_per_second
     if row.l2_bytes_per_second is not None:
@@ -194,9 +192,7 @@ def test_compute_capability_is_checked(value):
         changed(compute_capability=value)
 
 
-@pytest.mark.parametrize(
-    "name", ["streaming_multiprocessors", "l2_bytes", "hbm_bytes", "sram_bytes_per_block"]
-)
+@pytest.mark.parametrize("name", ["streaming_multiprocessors", "l2_bytes", "hbm_bytes", "sram_bytes_per_block"])
 def test_counts_are_checked(name):
     for value in (0, -1):
         with pytest.raises(ValueError, match=f"{name}={value}"):

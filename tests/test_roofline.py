@@ -313,9 +313,7 @@ class TestPublished:
     def test_time_and_rate_convert(self):
         by_rate = next(p for p in PUBLISHED if p.measured_flops_per_second is not None)
         assert by_rate.seconds == by_rate.flops / by_rate.measured_flops_per_second
-        by_time = dataclasses.replace(
-            by_rate, measured_flops_per_second=None, measured_seconds=by_rate.seconds
-        )
+        by_time = dataclasses.replace(by_rate, measured_flops_per_second=None, measured_seconds=by_rate.seconds)
         assert by_time.flops_per_second == pytest.approx(by_rate.flops_per_second)
 
     def test_statements_differ(self):
