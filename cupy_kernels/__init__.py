@@ -1,6 +1,36 @@
 """CUDA kernels, called through CuPy, that run the tiled programs of :mod:`simattn` on a GPU.
 
-The package holds no kernels yet: run the programs on the CPU with :func:`simattn.run`.
+Importing the package imports neither CuPy nor a driver: the calls do.
 """
 
-__all__: list[str] = []
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cupy_kernels.api import attention
+    from cupy_kernels.compiler import CompileError
+    from cupy_kernels.counting import CountedTraffic, count_traffic
+    from cupy_kernels.flash2 import default_plan
+
+__all__ = ["CompileError", "CountedTraffic", "attention", "count_traffic", "default_plan"]
+
+_MODULE_OF = {
+    "CompileError": "compiler",
+    "CountedTraffic": "counting",
+    "attention": "api",
+    "count_traffic": "counting",
+    "default_plan": "flash2",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at its first use, so that importing the package costs next to nothing."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'cupy_kernels' has no attribute {name!r}")
+    value = getattr(import_module(f"cupy_kernels.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

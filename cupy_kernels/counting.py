@@ -1,0 +1,104 @@
+"""Count the bytes that the kernels themselves move.
+
+Inside :func:`count_traffic` every kernel is launched from a build that adds up the bytes of each of its global loads
+and stores, by array. The build used otherwise has no trace of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+from cupy_kernels.arrays import require_cupy
+from simattn import ArrayTraffic, Traffic
+
+Counter = tuple[str, str]
+"""An array's name, and the counter of :class:`simattn.ArrayTraffic` that a number belongs to."""
+
+_active: ContextVar[CountedTraffic | None] = ContextVar("count_traffic", default=None)
+
+
+class CountedTraffic:
+    """What the kernels launched inside a :func:`count_traffic` moved."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, tuple[Counter, ...]], Any] = {}
+        self._inner: list[CountedTraffic] = []
+
+    def buffer(self, device: int, counters: Sequence[Counter]) -> Any:
+        """Return the array of 64-bit counters that kernels on a device add to, one for each counter named.
+
+        Parameters
+        ----------
+        device
+            Number of the device, which must be the current one.
+        counters
+            What the numbers are, in the kernel's order.
+        """
+        key = (device, tuple(counters))
+        if key not in self._buffers:
+            cupy = require_cupy()
+            self._buffers[key] = cupy.zeros(len(counters), dtype=cupy.uint64)
+            cupy.cuda.get_current_stream().synchronize()  # other streams may launch kernels that count
+        return self._buffers[key]
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes moved so far, as a :class:`simattn.Traffic`; waits for the devices to finish."""
+        total = Traffic()
+        for (device, counters), buffer in self._buffers.items():
+            with require_cupy().cuda.Device(device) as chosen:
+                chosen.synchronize()
+                numbers = buffer.get()
+            for (array, counter), number in zip(counters, numbers.tolist(), strict=True):
+                total = total + Traffic({array: ArrayTraffic(**{counter: number})})
+        for inner in self._inner:
+            total = total + inner.traffic
+        return total
+
+    def __repr__(self) -> str:
+        return repr(self.traffic)
+
+
+@contextlib.contextmanager
+def count_traffic() -> Iterator[CountedTraffic]:
+    """Count the bytes that kernels read from and write to global memory, by array.
+
+    Kernels launched by this thread inside the ``with`` block are counted, slower than otherwise. Blocks nest: the
+    outer one counts what the inner one does too.
+
+    Yields
+    ------
+    CountedTraffic
+        Its ``traffic`` is a :class:`simattn.Traffic`, equal to ``simattn.count(...).global_only()`` for the same
+        problem and plan.
+
+    Raises
+    ------
+    RuntimeError
+        If CuPy is not installed or finds no CUDA device.
+
+    Examples
+    --------
+    ::
+
+        with cupy_kernels.count_traffic() as counted:
+            out, lse = cupy_kernels.attention(q, k, v, return_lse=True)
+        print(counted.traffic)
+    """
+    require_cupy()
+    counted, outer = CountedTraffic(), _active.get()
+    if outer is not None:
+        outer._inner.append(counted)
+    token = _active.set(counted)
+    try:
+        yield counted
+    finally:
+        _active.reset(token)
+
+
+def active_count() -> CountedTraffic | None:
+    """Return what the innermost :func:`count_traffic` of this thread counts into, if there is one."""
+    return _active.get()

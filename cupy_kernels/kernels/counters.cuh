@@ -1,0 +1,24 @@
+// Bytes that a thread moves between global memory and the multiprocessor. Without COUNT_TRAFFIC nothing is left of it.
+#pragma once
+
+#include "device.cuh"
+
+#ifdef COUNT_TRAFFIC
+class ByteCounter {
+ public:
+  DEVICE explicit ByteCounter(unsigned long long* total) : total_(total), bytes_(0) {}
+  DEVICE void add(unsigned bytes) { bytes_ += bytes; }
+  DEVICE void flush() { add_to_counter(total_, bytes_); }
+
+ private:
+  unsigned long long* total_;
+  unsigned bytes_;
+};
+#else
+class ByteCounter {
+ public:
+  DEVICE explicit ByteCounter(unsigned long long*) {}
+  DEVICE void add(unsigned) {}
+  DEVICE void flush() {}
+};
+#endif

@@ -1,0 +1,452 @@
+"""Hold the kernels against the simulated machine on random problems: every bit and every byte counted.
+
+``python -m cupy_kernels.verify --problems 10000 --seed 1 --output FILE`` draws problems, each from its own seed,
+simulates them on all CPU cores in ``simt`` arithmetic while the device computes them, and writes a summary. A run that
+was stopped goes on where it was when it is started again with the same file. The exit code is 1 if anything differed.
+
+Under ``compute-sanitizer``, ``--longest 100 --without-memory-pool`` keeps problems small and every array in memory of
+its own, so that accesses outside it are seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from cupy_kernels.arrays import require_cupy
+from cupy_kernels.flash2 import default_plan
+from simattn import AttentionProblem, Tiles, Traffic, run
+from simattn.algorithms.flash2 import Flash2Plan
+from simattn.testing import Inputs, attention_inputs, attention_problems
+
+Values = npt.NDArray[Any]
+
+HEAD_DIMS = tuple(range(16, 257, 8))
+OTHER_TILES = (Tiles(q=64, kv=64), Tiles(q=64, kv=32), Tiles(q=32, kv=32))
+"""Tiles of the problems that are not run by their default plan."""
+
+LONGEST = 300
+"""Most rows of a sequence: a few tiles."""
+
+CHUNK = 50
+"""Problems that are simulated and compared at a time."""
+
+FAILURES_DESCRIBED = 20
+GUARD_BYTES = 4096
+SPECIAL_VALUES = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, -1e-40, 65504.0)
+"""Values that rounding, maxima and sums treat apart; 1e-40 is subnormal in float32 and bfloat16, 0 in float16."""
+
+
+# Cases
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array of shape (batch, length, heads, columns) lies in memory.
+
+    Attributes
+    ----------
+    order
+        The first three axes from the outermost to the innermost.
+    padding
+        Unused columns after every row; a multiple of 8.
+    reverse
+        Whether the rows are stored last to first.
+    """
+
+    order: tuple[int, ...] = (0, 1, 2)
+    padding: int = 0
+    reverse: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem with its inputs and how they lie in the device's memory."""
+
+    problem: AttentionProblem
+    plan: Flash2Plan
+    inputs: Inputs
+    layouts: dict[str, Layout]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the simulated machine returns for a case."""
+
+    out: Values
+    lse: Values
+    traffic: Traffic
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Draw a layout; half of them are contiguous."""
+    if draw(st.booleans()):
+        return Layout()
+    return Layout(draw(st.permutations((0, 1, 2)).map(tuple)), draw(st.sampled_from((0, 8, 24))), draw(st.booleans()))
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, max_len: int = LONGEST, max_heads: int = 6, head_dims: Sequence[int] = HEAD_DIMS) -> Case:
+    """Draw a problem that the kernels take, its inputs and their layouts."""
+    problem = draw(
+        attention_problems(max_batch=3, max_heads=max_heads, max_len=max_len, head_dims=head_dims, block_sparse=False)
+    )
+    plan = (
+        Flash2Plan(tiles=draw(st.sampled_from(OTHER_TILES))) if draw(st.integers(0, 7)) == 0 else default_plan(problem)
+    )
+    inputs = draw(attention_inputs(problem, hidden_is_finite=draw(st.booleans())))
+    if draw(st.integers(0, 3)) == 0:
+        generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        for array in inputs.values():
+            if array.size:
+                places = generator.integers(0, array.size, draw(st.integers(0, 4)))
+                array.reshape(-1)[places] = generator.choice(SPECIAL_VALUES, len(places)).astype(array.dtype)
+    return Case(problem, plan, inputs, {name: draw(layouts()) for name in inputs})
+
+
+def draw_case(number: int, index: int, longest: int = LONGEST) -> Case:
+    """Return a case, which depends on the arguments and the version of hypothesis alone.
+
+    Parameters
+    ----------
+    number
+        The seed.
+    index
+        Which of its cases.
+    longest
+        Most rows of a sequence.
+    """
+    drawn: list[Case] = []
+
+    @seed(f"{number} {index}")
+    @settings(
+        max_examples=2,  # the first is always the smallest problem; later ones would resemble the second
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        derandomize=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(max_len=longest))
+    def collect(case: Case) -> None:
+        drawn.append(case)
+
+    collect()
+    return drawn[-1]
+
+
+# Both sides
+
+
+def simulate(case: Case) -> Expected:
+    """Run a case on the simulated machine."""
+    problem = case.problem
+    done = run(
+        "flash2",
+        *(case.inputs[name] for name in "qkv"),
+        scale=problem.scale,
+        causal=problem.causal,
+        window=problem.window,
+        arithmetic="simt",
+        plan=case.plan,
+    )
+    assert done.out is not None
+    assert done.lse is not None
+    return Expected(done.out, done.lse, done.traffic.global_only())
+
+
+def simulated_chunk(number: int, first: int, stop: int, longest: int) -> list[tuple[Case, Expected]]:
+    """Draw cases ``first … stop - 1`` and run them on the simulated machine; the work of a process of the pool."""
+    drawn = [draw_case(number, index, longest) for index in range(first, stop)]
+    return [(case, simulate(case)) for case in drawn]
+
+
+def on_device(values: Values, layout: Layout | None = None) -> Any:
+    """Return a CuPy array of these values in a layout, the unused memory filled with NaN."""
+    cupy = require_cupy()
+    layout = layout or Layout()
+    shape = [values.shape[axis] for axis in layout.order]
+    stored = np.full((*shape, values.shape[3] + layout.padding), np.nan, values.dtype)
+    stored[..., : values.shape[3]] = values.transpose(*layout.order, 3)
+    if layout.reverse:
+        stored = np.flip(stored, layout.order.index(1))
+    back = [layout.order.index(axis) for axis in range(3)]
+    # CuPy copies any two-byte type as an integer, whether or not it computes with it.
+    held = cupy.asarray(np.ascontiguousarray(stored).view(f"u{stored.itemsize}")).view(values.dtype)
+    array = held[..., : values.shape[3]].transpose(*back, 3)
+    return array[:, ::-1] if layout.reverse else array
+
+
+def from_device(array: Any) -> Values:
+    """Return the values of a CuPy array."""
+    cupy = require_cupy()
+    held: Values = cupy.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").get()
+    return held.view(array.dtype)
+
+
+class GuardedArray:
+    """An array for results between two strips of memory that nothing may write to."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        cupy = require_cupy()
+        self.size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self.memory = cupy.full(self.size + 2 * GUARD_BYTES, 0xFF, dtype=cupy.uint8)  # NaN in every format
+        self.array = self.memory[GUARD_BYTES : GUARD_BYTES + self.size].view(dtype).reshape(shape)
+
+    def intact(self) -> bool:
+        """Say whether nothing was written outside the array."""
+        before, after = self.memory[:GUARD_BYTES], self.memory[GUARD_BYTES + self.size :]
+        return bool((before == 0xFF).all()) and bool((after == 0xFF).all())
+
+
+def compare(case: Case, expected: Expected) -> dict[str, int]:
+    """Run a case on the device, in the fast and in the counting build, and count what differs.
+
+    Returns
+    -------
+    dict
+        ``elements`` compared; ``differing_elements`` of out and lse; ``differing_counts``, arrays and directions whose
+        bytes differ; ``written_outside``, results that something was written beside.
+    """
+    from cupy_kernels import attention, count_traffic
+
+    problem = case.problem
+    arrays = [on_device(case.inputs[name], case.layouts[name]) for name in "qkv"]
+    tally = Counter(elements=0, differing_elements=0, differing_counts=0, written_outside=0)
+    for counting in (False, True):
+        out = GuardedArray(expected.out.shape, expected.out.dtype)
+        lse = GuardedArray(expected.lse.shape, np.float32)
+        options: dict[str, Any] = {
+            "scale": problem.scale,
+            "causal": problem.causal,
+            "window": problem.window,
+            "plan": case.plan,
+            "return_lse": True,
+            "out": (out.array, lse.array),
+        }
+        if counting:
+            with count_traffic() as counted:
+                attention(*arrays, **options)
+            tally["differing_counts"] += differing_counts(counted.traffic, expected.traffic)
+        else:
+            attention(*arrays, **options)
+        for result, wanted in ((out, expected.out), (lse, expected.lse)):
+            tally["elements"] += wanted.size
+            tally["differing_elements"] += differing_elements(from_device(result.array), wanted)
+            tally["written_outside"] += not result.intact()
+    return dict(tally)
+
+
+def differing_elements(actual: Values, expected: Values) -> int:
+    """Return how many elements differ in their bits, all NaN taken as equal."""
+    bits = [array.view(f"u{array.itemsize}") for array in (actual, expected)]
+    both_nan = np.isnan(actual.astype(np.float32)) & np.isnan(expected.astype(np.float32))
+    return int(np.count_nonzero((bits[0] != bits[1]) & ~both_nan))
+
+
+def differing_counts(actual: Traffic, expected: Traffic) -> int:
+    """Return how many counters of an array differ."""
+    rows = [{row["array"]: row for row in traffic.rows()} for traffic in (actual, expected)]
+    names = (set(rows[0]) | set(rows[1])) - {"total"}
+    none: dict[str, str | int] = {}
+    counters = {key for row in (*rows[0].values(), *rows[1].values()) for key in row if key != "array"}
+    return sum(
+        rows[0].get(name, none).get(key, 0) != rows[1].get(name, none).get(key, 0) for name in names for key in counters
+    )
+
+
+# The run
+
+
+@dataclass
+class Tally:
+    """What was compared so far, and what differed."""
+
+    problems: int = 0
+    elements: int = 0
+    differing_elements: int = 0
+    differing_counts: int = 0
+    written_outside: int = 0
+    seconds: float = 0.0
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing differed."""
+        return self.differing_elements == self.differing_counts == self.written_outside == 0
+
+
+def describe(case: Case) -> str:
+    """Return a case in one line."""
+    layouts_text = ", ".join(f"{name}={layout}" for name, layout in case.layouts.items())
+    return f"{case.problem} {case.plan.tiles} {layouts_text}"
+
+
+def environment() -> dict[str, Any]:
+    """Return the device, the driver and the versions that results belong to."""
+    cupy = require_cupy()
+    from cupy_kernels.compiler import compiler_version
+
+    device = cupy.cuda.Device()
+    properties = cupy.cuda.runtime.getDeviceProperties(device.id)
+    versions = {"python": platform.python_version(), "cupy": cupy.__version__, "compiler": compiler_version()}
+    for name in ("numpy", "numba", "ml_dtypes", "hypothesis", "simattn"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "device": properties["name"].decode(),
+        "compute_capability": device.compute_capability,
+        "multiprocessors": properties["multiProcessorCount"],
+        "driver": cupy.cuda.runtime.driverGetVersion(),
+        "versions": versions,
+    }
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def _resumed(path: Path, request: dict[str, Any]) -> tuple[Tally, Counter[str], list[dict[str, Any]]]:
+    """Return what an earlier run left in the file."""
+    if not path.exists():
+        return Tally(), Counter(), []
+    report = json.loads(path.read_text())
+    if report["request"] != request:
+        raise ValueError(f"{path} holds the results of {report['request']}: expected {request}, or another file")
+    return Tally(**report["tally"]), Counter(report["problems_by_dtype"]), report["failures"]
+
+
+def _work(number: int, longest: int, first: int, stop: int, processes: int) -> Iterator[list[tuple[Case, Expected]]]:
+    """Yield the cases ``first … stop - 1`` in order, in chunks, simulated by a pool that keeps a few ahead."""
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # of the workers, which are as many as there are cores
+    context = multiprocessing.get_context("spawn")  # a fork would take over the CUDA context
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        waiting: list[Future[list[tuple[Case, Expected]]]] = []
+        try:
+            while first < stop or waiting:
+                while first < stop and len(waiting) < 2 * processes:
+                    following = min(stop, first + CHUNK)
+                    waiting.append(pool.submit(simulated_chunk, number, first, following, longest))
+                    first = following
+                yield waiting.pop(0).result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def verify(
+    problems: int,
+    number: int,
+    output: Path,
+    *,
+    longest: int = LONGEST,
+    processes: int | None = None,
+    minutes: float | None = None,
+) -> Tally:
+    """Compare the kernels with the simulated machine on random problems and write a summary.
+
+    Parameters
+    ----------
+    problems
+        How many; those that the file holds already count.
+    number
+        Seed of the problems.
+    output
+        File of the summary, JSON; a run that was stopped goes on from it.
+    longest
+        Most rows of a sequence.
+    processes
+        How many simulate; default one for each core.
+    minutes
+        When to stop, at the end of a chunk.
+
+    Returns
+    -------
+    Tally
+        What was compared and what differed.
+
+    Raises
+    ------
+    ValueError
+        If the file holds the results of another run.
+    RuntimeError
+        If there is no device.
+    """
+    request = {"algorithm": "flash2", "direction": "forward", "arithmetic": "simt", "seed": number, "longest": longest}
+    found, start = environment(), time.monotonic()
+    tally, by_dtype, failures = _resumed(output, request)
+    spent = tally.seconds
+    for work in _work(number, longest, tally.problems, problems, processes or len(os.sched_getaffinity(0))):
+        for case, expected in work:
+            result = compare(case, expected)
+            if any(result[name] for name in result if name != "elements") and len(failures) < FAILURES_DESCRIBED:
+                failures.append({"index": tally.problems, "case": describe(case), **result})
+            for name, value in result.items():
+                setattr(tally, name, getattr(tally, name) + value)
+            tally.problems += 1
+            by_dtype[case.problem.dtype] += 1
+        tally.seconds = round(spent + time.monotonic() - start, 1)
+        report = {
+            "request": request,
+            **found,
+            "tally": asdict(tally),
+            "problems_by_dtype": dict(by_dtype),
+            "failures": failures,
+        }
+        _write(output, report)
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{tally.problems:,} problems, clean: {tally.clean}")
+        if minutes is not None and time.monotonic() - start > 60 * minutes:
+            break
+    return tally
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m cupy_kernels.verify", description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", type=int, default=1000, help="how many problems (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the problems (default 0)")
+    parser.add_argument("--output", type=Path, required=True, help="file of the summary, JSON")
+    parser.add_argument("--longest", type=int, default=LONGEST, help=f"most rows of a sequence (default {LONGEST})")
+    parser.add_argument("--without-memory-pool", action="store_true", help="allocate every array by itself")
+    parser.add_argument("--processes", type=int, help="how many processes simulate (default one for each core)")
+    parser.add_argument("--minutes", type=float, help="when to stop; a later run goes on")
+    arguments = parser.parse_args(argv)
+    if arguments.without_memory_pool:
+        require_cupy().cuda.set_allocator(None)
+    tally = verify(
+        arguments.problems,
+        arguments.seed,
+        arguments.output,
+        longest=arguments.longest,
+        processes=arguments.processes,
+        minutes=arguments.minutes,
+    )
+    sys.stdout.write(json.dumps(asdict(tally), indent=1) + "\n")
+    return 0 if tally.clean else 1
+
+
+if __name__ == "__main__":
+    # By the module's own name, by which the pool's processes know the classes.
+    raise SystemExit(import_module("cupy_kernels.verify").main())

@@ -1,0 +1,638 @@
+"""What ``attention`` takes, refuses and launches, on a stand-in for CuPy."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import subprocess
+import sys
+import threading
+
+import fake_cupy
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cupy_kernels
+from cupy_kernels import arrays, attention, count_traffic, flash2
+from cupy_kernels.parameters import FLASH2_PARAMETERS
+from simattn import AttentionProblem, Traffic
+from simattn.algorithms import ALGORITHMS
+from simattn.algorithms.flash2 import Flash2Plan
+from simattn.arithmetic.formats import numpy_dtype
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    with fake_cupy.installed(monkeypatch) as kernels:
+        yield kernels
+
+
+@pytest.fixture
+def cupy(kernels):
+    return arrays.require_cupy()
+
+
+def device_arrays(
+    q_len=70, kv_len=90, heads=4, kv_heads=2, head_dim=32, value_dim=48, batch=2, dtype="float32", device=0
+):
+    shapes = {
+        "q": (batch, q_len, heads, head_dim),
+        "k": (batch, kv_len, kv_heads, head_dim),
+        "v": (batch, kv_len, kv_heads, value_dim),
+    }
+    with fake_cupy.Device(device):
+        return {name: np.zeros(shape, numpy_dtype(dtype)).view(fake_cupy.Array) for name, shape in shapes.items()}
+
+
+def parameters_of(launched):
+    return launched.parameters.view(FLASH2_PARAMETERS)[0]
+
+
+# The package
+
+
+def test_every_public_name_exists():
+    assert cupy_kernels.__all__ == sorted(cupy_kernels.__all__, key=lambda name: (name.islower(), name))
+    for name in cupy_kernels.__all__:
+        value = getattr(cupy_kernels, name)
+        assert name in dir(cupy_kernels)
+        assert inspect.getdoc(value), name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'cupy_kernels' has no attribute 'atention'"):
+        cupy_kernels.atention  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import cupy_kernels", "import cupy_kernels\nfor name in cupy_kernels.__all__: getattr(cupy_kernels, name)"],
+)
+def test_importing_imports_no_cupy(code):
+    script = f"{code}\nimport sys\nprint([n for n in ('cupy', 'cuda', 'numba', 'hypothesis') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_arguments_after_v_are_keywords():
+    parameters = inspect.signature(attention).parameters
+    assert [name for name, item in parameters.items() if item.kind is item.POSITIONAL_OR_KEYWORD] == ["q", "k", "v"]
+    assert {"scale", "causal", "window", "algorithm", "return_lse", "cu_seqlens_q", "out", "plan"} <= set(parameters)
+
+
+def test_every_algorithm_is_one_of_the_simulator():
+    from cupy_kernels import api
+
+    assert set(api.ALGORITHMS) <= set(ALGORITHMS)
+
+
+# Without a GPU
+
+
+def test_without_cupy_the_cpu_way_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    arrays.require_cupy.cache_clear()
+    one = np.zeros((1, 1, 1, 16), np.float32)
+    with pytest.raises(RuntimeError, match=r"CuPy is not installed.*simattn\.run"):
+        attention(one, one, one)
+    with pytest.raises(RuntimeError, match=r"simattn\.run"), count_traffic():
+        pass
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("cudaErrorInsufficientDriver: too old"), None])
+def test_without_a_device_the_cpu_way_is_named(monkeypatch, failure):
+    with fake_cupy.installed(monkeypatch):
+        module = sys.modules["cupy"]
+
+        def count():
+            if failure:
+                raise failure
+            return 0
+
+        module.cuda.runtime.getDeviceCount = count
+        one = np.zeros((1, 1, 1, 16), np.float32)
+        expected = "insufficientdriver" if failure else "there is none"
+        with pytest.raises(RuntimeError, match=r"simattn\.run") as raised:
+            attention(one, one, one)
+        assert expected in str(raised.value).lower()
+
+
+# What is launched
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_launch(kernels, dtype):
+    given = device_arrays(dtype=dtype)
+    out, lse = attention(**given, causal=True, window=(5, None), scale=0.5, return_lse=True)
+    assert (out.shape, out.dtype) == ((2, 70, 4, 48), given["q"].dtype)
+    assert (lse.shape, lse.dtype) == ((2, 4, 70), np.float32)
+    (launched,) = kernels.launches
+    macros = dict(launched.variant.macros)
+    assert (macros["STORAGE"], macros["COLUMNS"]) == (dtype, "64")
+    assert "COUNT_TRAFFIC" not in macros
+    tiles = flash2.default_plan(AttentionProblem(q_len=70, head_dim=32, value_dim=48)).tiles
+    assert (macros["QUERY_ROWS"], macros["KEY_ROWS"]) == (str(tiles.q), str(tiles.kv))
+    assert launched.grid == (2 * 4 * math.ceil(70 / tiles.q),)
+    assert launched.block[0] % 32 == 0
+    assert kernels.loaded == [(launched.variant, 0, launched.shared_bytes)]
+    found = parameters_of(launched)
+    assert [found[name] for name in ("q", "k", "v")] == [given[name].data.ptr for name in "qkv"]
+    assert (found["out"], found["lse"], found["counters"]) == (out.data.ptr, lse.data.ptr, 0)
+    assert [found[name] for name in ("batch", "heads", "group_size", "q_len", "kv_len")] == [2, 4, 2, 70, 90]
+    assert (found["head_dim"], found["value_dim"]) == (32, 48)
+    assert (found["window_left"], found["window_right"]) == (5, 0)
+    assert found["scale_log2"] == np.float32(0.5 * math.log2(math.e))
+    assert tuple(found["q_strides"]) == (70 * 4 * 32, 4 * 32, 32)
+    assert tuple(found["out_strides"]) == (70 * 4 * 48, 4 * 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "expected"),
+    [
+        (False, None, (1 << 30, 1 << 30)),
+        (True, None, (1 << 30, 0)),
+        (False, (3, 4), (3, 4)),
+        (False, [3, None], (3, 1 << 30)),
+        (True, (3, 4), (3, 0)),
+        (False, (1 << 40, 7), (1 << 30, 7)),
+    ],
+)
+def test_masks(kernels, causal, window, expected):
+    attention(**device_arrays(), causal=causal, window=window)
+    found = parameters_of(kernels.launches[0])
+    assert (found["window_left"], found["window_right"]) == expected
+
+
+@pytest.mark.parametrize("dim", range(16, 257, 8))
+def test_every_dimension_has_the_next_larger_kernel(kernels, dim):
+    attention(**device_arrays(head_dim=dim, value_dim=16))
+    attention(**device_arrays(head_dim=16, value_dim=dim))
+    wanted = min(columns for columns in (16, 32, 64, 96, 128, 192, 256) if columns >= dim)
+    assert [dict(launched.variant.macros)["COLUMNS"] for launched in kernels.launches] == [str(wanted)] * 2
+
+
+def test_strided_arrays_are_taken_by_their_strides(kernels):
+    given = device_arrays(q_len=5, kv_len=6)
+    head_major = {
+        name: fake_cupy.Array(np.array(array.shape)[[0, 2, 1, 3]], np.float32) for name, array in given.items()
+    }
+    views = {name: array.transpose(0, 2, 1, 3) for name, array in head_major.items()}
+    attention(**views)
+    views["k"] = views["k"][:, ::-1]
+    attention(**views)
+    first, second = map(parameters_of, kernels.launches)
+    assert tuple(first["q_strides"]) == (5 * 4 * 32, 32, 5 * 32)
+    assert tuple(first["k_strides"]) == (6 * 2 * 32, 32, 6 * 32)
+    assert tuple(second["k_strides"]) == (6 * 2 * 32, -32, 6 * 32)
+    assert second["k"] == views["k"].data.ptr != first["k"]
+    assert tuple(first["out_strides"]) == (5 * 4 * 48, 4 * 48, 48)
+
+
+def test_strides_of_axes_of_length_one_do_not_matter(kernels):
+    given = device_arrays(batch=1)
+    odd = np.lib.stride_tricks.as_strided(given["q"], strides=(12, *given["q"].strides[1:]), subok=True)
+    attention(odd, given["k"], given["v"])
+    assert tuple(parameters_of(kernels.launches[0])["q_strides"]) == (0, 4 * 32, 32)
+
+
+def test_a_further_call_prepares_nothing(kernels, monkeypatch):
+    given = device_arrays()
+    attention(**given)
+    monkeypatch.setattr(flash2, "checked_problem", None)
+    attention(**device_arrays())
+    assert len(kernels.loaded) == 1
+    assert len(kernels.launches) == 2
+
+
+def test_the_log_sum_exp_is_stored_where_nobody_reads_it_unless_asked_for(kernels):
+    given = device_arrays()
+    attention(**given)
+    attention(**given)
+    large = device_arrays(batch=1, heads=2, q_len=1 << 19, kv_len=1)
+    attention(**large)
+    attention(**given)
+    spare = [parameters_of(launched)["lse"] for launched in kernels.launches]
+    assert spare[0] == spare[1] != spare[2]
+    memory = flash2._spare[0]
+    assert [held.size for held in memory] == [1 << 20, 1 << 22]
+    assert [held.ptr for held in memory] == [spare[0], spare[2]]
+
+
+def test_the_arrays_device_is_used(kernels):
+    out = attention(**device_arrays(device=1))
+    assert out.device_id == 1
+    assert [launched.device for launched in kernels.launches] == [1]
+    attention(**device_arrays(device=0))
+    assert [device for _, device, _ in kernels.loaded] == [1, 0]
+    assert fake_cupy.Device.current == 0
+
+
+@pytest.mark.parametrize("empty", ["batch", "q_len"])
+def test_no_row_no_launch(kernels, empty):
+    given = device_arrays(**{empty: 0})
+    out, lse = attention(**given, return_lse=True)
+    assert (out.size, lse.size) == (0, 0)
+    assert not kernels.launches
+    assert not kernels.loaded
+
+
+def test_no_key_is_still_a_launch(kernels):
+    attention(**device_arrays(kv_len=0))
+    (launched,) = kernels.launches
+    assert parameters_of(launched)["kv_len"] == 0
+
+
+def test_threads_do_not_share_parameters(kernels):
+    given = [device_arrays(q_len=8, kv_len=8) for _ in range(8)]
+    attention(**given[0])
+    workers = [threading.Thread(target=lambda one=one: [attention(**one) for _ in range(50)]) for one in given]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    addresses = [tuple(parameters_of(launched)[name] for name in "qkv") for launched in kernels.launches]
+    assert set(addresses) == {tuple(one[name].data.ptr for name in "qkv") for one in given}
+
+
+# out=
+
+
+def results(given, **changes):
+    shapes = {"out": (2, 70, 4, 48), "lse": (2, 4, 70)}
+    return {
+        name: fake_cupy.Array(shape, changes.get(name, given["q"].dtype if name == "out" else np.float32))
+        for name, shape in shapes.items()
+    }
+
+
+def test_results_go_where_they_are_asked_to(kernels):
+    given = device_arrays()
+    made = results(given)
+    assert attention(**given, out=made["out"]) is made["out"]
+    out, lse = attention(**given, out=made["out"], return_lse=True)
+    assert out is made["out"]
+    assert lse.shape == made["lse"].shape
+    out, lse = attention(**given, out=(made["out"], made["lse"]), return_lse=True)
+    assert (out is made["out"], lse is made["lse"]) == (True, True)
+    for launched in kernels.launches:
+        assert parameters_of(launched)["out"] == made["out"].data.ptr
+    assert parameters_of(kernels.launches[2])["lse"] == made["lse"].data.ptr
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda made: made["out"][:, :-1], ValueError, r"out has shape \(2, 69, 4, 48\): expected \(2, 70, 4, 48\)"),
+        (lambda made: made["out"].view(np.int32), TypeError, "out has dtype int32: expected float32"),
+        (lambda made: made["out"].transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2), ValueError, "C-contiguous"),
+        (lambda made: (made["out"],), TypeError, "out=tuple of 1: expected an array or a pair"),
+        (lambda made: (made["out"], None), TypeError, "lse=None"),
+        (lambda made: (made["out"], made["lse"][:1]), ValueError, r"lse has shape \(1, 4, 70\)"),
+        (lambda made: (made["out"], made["lse"].astype(np.float64)), TypeError, "lse has dtype float64"),
+        (lambda made: np.zeros((2, 70, 4, 48), np.float32), TypeError, "out is a numpy.ndarray in host memory"),
+    ],
+)
+def test_results_that_cannot_be_written(kernels, change, error, message):
+    given = device_arrays()
+    with pytest.raises(error, match=message):
+        attention(**given, out=change(results(given)), return_lse=True)
+    assert not kernels.launches
+
+
+def test_a_pair_is_for_the_log_sum_exp(kernels):
+    given = device_arrays()
+    made = results(given)
+    with pytest.raises(TypeError, match="return_lse"):
+        attention(**given, out=(made["out"], made["lse"]))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_results_may_not_overlap_inputs(kernels, name):
+    given = device_arrays(q_len=70, kv_len=70, heads=4, kv_heads=4, head_dim=48, value_dim=48)
+    with pytest.raises(ValueError, match=f"out overlaps {name} in memory"):
+        attention(**given, out=given[name])
+    reversed_rows = {**given, name: given[name][:, ::-1]}
+    with pytest.raises(ValueError, match=f"out overlaps {name} in memory"):
+        attention(**reversed_rows, out=given[name])
+    assert not kernels.launches
+
+
+def test_results_may_not_overlap_each_other(kernels):
+    given = device_arrays()
+    out = results(given)["out"]
+    lse = out.reshape(-1)[: 2 * 4 * 70].reshape(2, 4, 70)
+    with pytest.raises(ValueError, match="lse overlaps out in memory"):
+        attention(**given, out=(out, lse), return_lse=True)
+
+
+def test_results_may_lie_beside_inputs(kernels):
+    memory = fake_cupy.Array(2 * 70 * 4 * 48 * 2, np.float32)
+    given = device_arrays(q_len=70, kv_len=70, head_dim=48, value_dim=48)
+    half = memory.size // 2
+    given["q"] = memory[:half].reshape(2, 70, 4, 48)
+    attention(**given, out=memory[half:].reshape(2, 70, 4, 48))
+    assert len(kernels.launches) == 1
+
+
+def test_results_on_another_device_are_refused(kernels):
+    given = device_arrays()
+    out = results(given)["out"]
+    out.device_id = 1
+    with pytest.raises(ValueError, match="out is on device 1: expected device 0"):
+        attention(**given, out=out)
+
+
+# Refusals
+
+
+def reshaped(name, *shape):
+    def change(given):
+        return {**given, name: fake_cupy.Array(shape, given[name].dtype)}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (reshaped("q", 70, 4, 32), ValueError, r"q has shape \(70, 4, 32\): expected 4 dimensions"),
+        (reshaped("k", 3, 90, 2, 32), ValueError, r"k has shape \(3, 90, 2, 32\): expected \(2, 90, 2, 32\)"),
+        (reshaped("k", 2, 90, 2, 40), ValueError, r"k has shape .*: expected \(2, 90, 2, 32\)"),
+        (reshaped("v", 2, 91, 2, 48), ValueError, r"v has shape \(2, 91, 2, 48\): expected \(2, 90, 2, 48\)"),
+        (reshaped("q", 2, 70, 3, 32), ValueError, "kv_heads=2 does not divide heads=3"),
+        (reshaped("q", 2, 70, 0, 32), ValueError, "heads=0"),
+        (lambda given: device_arrays(head_dim=20), ValueError, "head_dim=20: expected a multiple of 8 from 16 to 256"),
+        (lambda given: device_arrays(head_dim=8), ValueError, "head_dim=8"),
+        (lambda given: device_arrays(value_dim=264), ValueError, "value_dim=264"),
+        (
+            lambda given: {name: array.astype(np.float64) for name, array in given.items()},
+            TypeError,
+            "q has dtype float64: expected one of",
+        ),
+        (
+            lambda given: {**given, "v": given["v"].astype(np.float16)},
+            TypeError,
+            "v has dtype float16: expected float32, as q has",
+        ),
+        (
+            lambda given: {name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in given.items()},
+            TypeError,
+            "float8_e4m3fn",
+        ),
+        (lambda given: {**given, "k": np.asarray(given["k"])}, TypeError, "k is a numpy.ndarray in host memory"),
+        (lambda given: {**given, "k": [[1.0]]}, TypeError, "k is a builtins.list: expected an array on a CUDA device"),
+        (lambda given: {**given, "q": None}, TypeError, "q is a builtins.NoneType"),
+        (
+            lambda given: {**given, "k": given["k"].transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2)},
+            ValueError,
+            "k has strides .*last axis to be contiguous",
+        ),
+        (
+            lambda given: {**given, "k": fake_cupy.Array((2, 90, 2, 33), np.float32)[..., :32]},
+            ValueError,
+            "k has a stride of 23760 bytes along axis 0|k has a stride of 264 bytes along axis 1|multiple of 16",
+        ),
+        (
+            lambda given: {**given, "q": fake_cupy.Array(2 * 70 * 4 * 32 + 4, np.float32)[1:-3].reshape(2, 70, 4, 32)},
+            ValueError,
+            "q starts 4 bytes after a multiple of 16",
+        ),
+        (
+            lambda given: {**given, "v": device_arrays(device=1)["v"]},
+            ValueError,
+            "v is on device 1: expected device 0, where q is",
+        ),
+    ],
+)
+def test_arrays_that_are_refused(kernels, change, error, message):
+    given = change(device_arrays())
+    with pytest.raises(error, match=message):
+        attention(**given)
+    assert not kernels.launches
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_two_byte_rows_start_at_multiples_of_eight_bytes(kernels, dtype):
+    rows = fake_cupy.Array((2, 70, 4, 36), numpy_dtype(dtype))[..., :32]  # 72 bytes apart
+    attention(rows, *list(device_arrays(dtype=dtype).values())[1:])
+    off = fake_cupy.Array((2, 70, 4, 34), numpy_dtype(dtype))[..., :32]
+    with pytest.raises(ValueError, match=r"q has a stride of .*: expected a multiple of 8"):
+        attention(off, *list(device_arrays(dtype=dtype).values())[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scale": 0.0}, ValueError, "scale=0.0"),
+        ({"scale": float("nan")}, ValueError, "scale=nan"),
+        ({"scale": "large"}, TypeError, "scale='large'"),
+        ({"scale": np.ones(2)}, TypeError, "scale="),
+        ({"causal": 1}, TypeError, "causal=1: expected a bool"),
+        ({"causal": None}, TypeError, "causal=None"),
+        ({"window": 3}, TypeError, "window=3"),
+        ({"window": (1, -1)}, ValueError, r"window.*-1"),
+        ({"window": (1, 2, 3)}, TypeError, "window="),
+        ({"algorithm": "flash9"}, ValueError, "algorithm='flash9' has no kernel: expected one of"),
+        ({"algorithm": "flash1"}, ValueError, "flash2"),
+        ({"cu_seqlens_q": [0, 3]}, ValueError, "cu_seqlens_q is not taken by flash2"),
+        ({"cu_seqlens_k": [0, 3]}, ValueError, "cu_seqlens_k is not taken by flash2"),
+        ({"bias": 1}, TypeError, "bias"),
+        ({"dropout": 0.1}, TypeError, "dropout"),
+        ({"softcap": 30}, TypeError, "softcap"),
+        ({"sinks": None}, TypeError, "sinks"),
+        ({"dropout_p": 0.1}, TypeError, "unexpected keyword argument 'dropout_p'"),
+        ({"plan": "gpu"}, TypeError, "plan is a str"),
+        ({"plan": {"tiles": (64, 64)}}, TypeError, "plan"),
+        ({"plan": Flash2Plan(tiles=(40, 64))}, ValueError, "plan.tiles=.40, 64."),
+        ({"plan": Flash2Plan(tiles=(64, 64, 16))}, ValueError, "tiles.depth=16"),
+        ({"plan": Flash2Plan(tiles=(64, 64), repeat_kv=True)}, ValueError, "repeat_kv"),
+        ({"plan": Flash2Plan(tiles=(64, 64), accumulators="sram")}, ValueError, "accumulators='sram'"),
+    ],
+)
+def test_options_that_are_refused(kernels, options, error, message):
+    given = device_arrays()
+    attention(**given, causal=True)
+    kernels.launches.clear()
+    with pytest.raises(error, match=message):
+        attention(**given, **options)
+    assert not kernels.launches
+
+
+def test_lengths_beyond_the_kernel_are_refused(kernels):
+    given = device_arrays()
+    long = {**given}
+    for name in "kv":
+        one = given[name][:, :1]
+        long[name] = np.lib.stride_tricks.as_strided(
+            one, (2, (1 << 29) + 1, *one.shape[2:]), (one.strides[0], 0, *one.strides[2:]), subok=True
+        )
+    with pytest.raises(ValueError, match=r"kv_len=536870913: .* 536870912"):
+        attention(**long)
+
+
+def test_a_smaller_device_takes_smaller_tiles(kernels, monkeypatch):
+    given = device_arrays(head_dim=128, value_dim=128)
+    attention(**given)
+    monkeypatch.setattr(fake_cupy.Device, "shared_bytes", 101376)
+    flash2.present_hardware.cache_clear()
+    flash2.prepare.cache_clear()
+    attention(**given)
+    sizes = [dict(launched.variant.macros) for launched in kernels.launches]
+    areas = [int(macros["QUERY_ROWS"]) * int(macros["KEY_ROWS"]) for macros in sizes]
+    assert areas[0] > areas[1]
+    assert kernels.launches[1].shared_bytes <= 101376
+
+
+def test_a_plan_that_a_small_device_cannot_hold_is_refused(kernels, monkeypatch):
+    monkeypatch.setattr(fake_cupy.Device, "shared_bytes", 65536)
+    given = device_arrays(head_dim=256, value_dim=256)
+    with pytest.raises(ValueError, match="65536 bytes of shared memory that a thread block of device 0 may use"):
+        attention(**given, plan=Flash2Plan(tiles=(64, 64)))
+    monkeypatch.setattr(fake_cupy.Device, "shared_bytes", 8192)
+    flash2.present_hardware.cache_clear()
+    with pytest.raises(ValueError, match="8192 bytes of shared memory"):
+        attention(**given)
+    assert not kernels.loaded
+
+
+# Arrays of other libraries
+
+
+class Exporter:
+    """An array of another library."""
+
+    def __init__(self, host, device_type=2, device=0):
+        self.host, self.device_type, self.device, self.streams = host, device_type, device, []
+
+    def __dlpack_device__(self):
+        return (self.device_type, self.device)
+
+    def __dlpack__(self, *, stream=None, **options):
+        self.streams.append(stream)
+        return object()
+
+
+class Interfaced:
+    """An array that only has ``__cuda_array_interface__``."""
+
+    def __init__(self, host, read_only=False):
+        self.host, self.read_only = host, read_only
+
+    @property
+    def __cuda_array_interface__(self):
+        interface = dict(self.host.__array_interface__)
+        return {**interface, "data": (interface["data"][0], self.read_only), "version": 3}
+
+
+def test_dlpack_arrays_are_taken_with_the_current_stream(kernels):
+    given = {name: Exporter(array, device=1) for name, array in device_arrays().items()}
+    out = attention(**given)
+    assert isinstance(out, fake_cupy.Array)
+    (launched,) = kernels.launches
+    assert launched.device == 1
+    assert [parameters_of(launched)[name] for name in "qkv"] == [item.host.data.ptr for item in given.values()]
+    assert all(item.streams == [7] for item in given.values())
+
+
+@pytest.mark.parametrize("device_type", [1, 3, 4, 10])
+def test_dlpack_arrays_elsewhere_are_refused(kernels, device_type):
+    given = device_arrays()
+    with pytest.raises(TypeError, match=r"q is a .*Exporter in host memory"):
+        attention(Exporter(given["q"], device_type), given["k"], given["v"])
+
+
+def test_an_exporter_that_refuses_is_quoted(kernels):
+    class Refusing(Exporter):
+        def __dlpack__(self, **options):
+            raise BufferError("Can't export tensors that require gradient")
+
+    given = device_arrays()
+    with pytest.raises(TypeError, match=r"q is a .*Refusing that cannot be shared: Can't export .* gradient"):
+        attention(Refusing(given["q"]), given["k"], given["v"])
+
+
+def test_cuda_array_interface_is_taken_on_its_own_device(kernels):
+    given = {name: Interfaced(array) for name, array in device_arrays().items()}
+    attention(**given)
+    (launched,) = kernels.launches
+    assert launched.device == 1  # where the stand-in says that every pointer is
+
+
+def test_results_may_be_arrays_of_other_libraries(kernels):
+    given = device_arrays(device=1)
+    out = Interfaced(fake_cupy.Array((2, 70, 4, 48), np.float32))
+    assert attention(**given, out=out) is out
+    assert parameters_of(kernels.launches[0])["out"] == out.host.data.ptr
+    with pytest.raises(ValueError, match="out is read-only"):
+        attention(**given, out=Interfaced(out.host, read_only=True))
+
+
+# Counting
+
+
+def test_counting_builds_are_used_inside_the_block_alone(kernels):
+    given = device_arrays()
+
+    def add(launched):
+        counters = parameters_of(launched)["counters"]
+        if "COUNT_TRAFFIC" in dict(launched.variant.macros):
+            address = int(counters)
+            held = (np.ctypeslib.ctypes.c_uint64 * 5).from_address(address)
+            for index in range(5):
+                held[index] += 10**12 + index
+        else:
+            assert counters == 0
+
+    kernels.run = add
+    attention(**given)
+    with count_traffic() as outer:
+        attention(**given)
+        with count_traffic() as inner:
+            attention(**given)
+            attention(**given)
+        assert inner.traffic.by_array["lse"].hbm_write_bytes == 2 * (10**12 + 4)
+    attention(**given)
+    assert [parameters_of(launched)["counters"] != 0 for launched in kernels.launches] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert outer.traffic.by_array["q"].hbm_read_bytes == 3 * 10**12
+    assert outer.traffic.by_array["k"].hbm_read_bytes == 3 * (10**12 + 1)
+    assert outer.traffic.by_array["out"].hbm_write_bytes == 3 * (10**12 + 3)
+    assert set(outer.traffic.by_array) == {"q", "k", "v", "out", "lse"}
+    assert "lse" in repr(outer)
+
+
+def test_nothing_launched_is_no_traffic(kernels):
+    with count_traffic() as counted:
+        attention(**device_arrays(q_len=0))
+    assert counted.traffic == Traffic()
+
+
+def test_counting_ends_with_an_error(kernels):
+    with pytest.raises(ValueError, match="scale"), count_traffic():
+        attention(**device_arrays(), scale=-1.0)
+    attention(**device_arrays())
+    assert parameters_of(kernels.launches[0])["counters"] == 0
+
+
+def test_counting_is_of_one_thread(kernels):
+    given = device_arrays()
+    with count_traffic():
+        other = threading.Thread(target=lambda: attention(**given))
+        other.start()
+        other.join()
+    assert parameters_of(kernels.launches[0])["counters"] == 0
+
+
+def test_counting_counts_on_every_device(kernels):
+    with count_traffic() as counted:
+        attention(**device_arrays(device=0))
+        attention(**device_arrays(device=1))
+    addresses = {int(parameters_of(launched)["counters"]) for launched in kernels.launches}
+    assert len(addresses) == 2
+    assert counted.traffic == Traffic()

@@ -1,0 +1,292 @@
+"""The kernels on a GPU: bits and bytes equal to the simulated machine's, streams, graphs, other libraries' arrays.
+
+``python -m cupy_kernels.verify`` runs the same comparison on as many problems as are asked for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from budgets import rounding_floors
+from hypothesis import given, settings
+
+from cupy_kernels import arrays, attention, compiler, count_traffic, default_plan, flash2, verify
+from simattn import AttentionProblem, count, run
+from simattn.arithmetic.formats import numpy_dtype
+from simattn.testing import (
+    assert_same_bits,
+    assert_within_error_budget,
+    attention_cases,
+    low_precision_attention,
+    reference_attention,
+)
+
+
+def why_no_device():
+    try:
+        arrays.require_cupy()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_no_device()), reason=why_no_device() or "a device is there")]
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def cupy():
+    return arrays.require_cupy()
+
+
+def drawn(seed=0, **shape):
+    """Return a problem, its inputs as NumPy arrays and as CuPy arrays."""
+    problem = AttentionProblem(
+        **{
+            "batch": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "q_len": 150,
+            "kv_len": 170,
+            "head_dim": 64,
+            "dtype": "float32",
+            **shape,
+        }
+    )
+    generator = np.random.default_rng(seed)
+    shapes = {
+        "q": (problem.batch, problem.q_len, problem.heads, problem.head_dim),
+        "k": (problem.batch, problem.kv_len, problem.kv_heads, problem.head_dim),
+        "v": (problem.batch, problem.kv_len, problem.kv_heads, problem.value_dim),
+    }
+    host = {name: generator.standard_normal(size).astype(numpy_dtype(problem.dtype)) for name, size in shapes.items()}
+    return problem, host, {name: verify.on_device(values) for name, values in host.items()}
+
+
+def simulated(problem, host):
+    return run(
+        "flash2",
+        **host,
+        scale=problem.scale,
+        causal=problem.causal,
+        window=problem.window,
+        arithmetic="simt",
+        plan=default_plan(problem),
+    )
+
+
+# Bits and bytes
+
+
+@settings(max_examples=150)
+@given(verify.cases())
+def test_bits_and_bytes_are_the_simulated_machines(case):
+    found = verify.compare(case, verify.simulate(case))
+    assert {name: value for name, value in found.items() if name != "elements"} == {
+        "differing_elements": 0,
+        "differing_counts": 0,
+        "written_outside": 0,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [16, 32, 64, 96, 128, 192, 256])
+def test_every_kernel(columns, dtype):
+    problem, host, device = drawn(head_dim=columns, value_dim=columns, dtype=dtype, causal=True)
+    expected = simulated(problem, host)
+    out, lse = attention(**device, causal=True, return_lse=True)
+    assert_same_bits(verify.from_device(out), expected.out, name="out")
+    assert_same_bits(verify.from_device(lse), expected.lse, name="lse")
+
+
+@settings(max_examples=60)
+@given(
+    attention_cases(
+        dtypes=DTYPES, max_len=200, head_dims=verify.HEAD_DIMS, block_sparse=False, hidden_is_finite=False, max_heads=4
+    )
+)
+def test_the_error_is_within_the_budget(case):
+    problem, inputs = case
+    out, lse = attention(
+        *(verify.on_device(inputs[name]) for name in "qkv"),
+        scale=problem.scale,
+        causal=problem.causal,
+        window=problem.window,
+        return_lse=True,
+    )
+    reference_out, reference_lse = reference_attention(problem, **inputs)
+    low_out, low_lse = low_precision_attention(problem, **inputs)
+    out_floor, lse_floor = rounding_floors(problem, inputs)
+    assert_within_error_budget(verify.from_device(out), reference_out, low_out, floor=out_floor, name="out")
+    assert_within_error_budget(verify.from_device(lse), reference_lse, low_lse, floor=lse_floor, name="lse")
+
+
+def test_repeated_runs_give_the_same_bits():
+    _, _, device = drawn(q_len=1000, kv_len=1000, heads=8)
+    first = verify.from_device(attention(**device))
+    for _ in range(20):
+        assert_same_bits(verify.from_device(attention(**device)), first)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_counts_of_a_long_problem(causal):
+    problem, _, device = drawn(q_len=5000, kv_len=4097, batch=1, causal=causal, window=(3000, 100))
+    with count_traffic() as counted:
+        attention(**device, causal=causal, window=(3000, 100))
+    expected = count(
+        "flash2",
+        **{name: getattr(problem, name) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim")},
+        dtype=problem.dtype,
+        causal=causal,
+        window=(3000, 100),
+        plan=default_plan(problem),
+    )
+    assert counted.traffic == expected.global_only()
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (1, 1), (5, 0), (1, 300)])
+def test_lengths_of_nothing_and_one(q_len, kv_len):
+    problem, host, device = drawn(q_len=q_len, kv_len=kv_len)
+    expected = simulated(problem, host)
+    out, lse = attention(**device, return_lse=True)
+    assert_same_bits(verify.from_device(out), expected.out)
+    assert_same_bits(verify.from_device(lse), expected.lse)
+
+
+def test_a_problem_with_offsets_beyond_32_bits(cupy):
+    if cupy.cuda.Device().mem_info[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free device memory")
+    rows = (1 << 32) // (64 * 16) + 1000  # elements of q beyond 2³²
+    memory = cupy.zeros((1, rows, 64, 16), np.float32)
+    tail = memory[:, -200:]
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((1, 200, 64, 16)).astype(np.float32)
+    tail[...] = cupy.asarray(values)
+    window = (0, 0)
+    out = attention(memory, memory, memory, window=window)
+    wanted = run(
+        "flash2", values, values, values, window=window, arithmetic="simt",
+        plan=default_plan(AttentionProblem(q_len=200, head_dim=16)),
+    )  # fmt: skip
+    assert_same_bits(verify.from_device(out[:, -200:]), wanted.out)
+
+
+# CUDA
+
+
+def test_the_current_stream_is_used(cupy):
+    problem, host, device = drawn()
+    expected = simulated(problem, host)
+    out = cupy.full(expected.out.shape, np.nan, np.float32)
+    cupy.cuda.Device().synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        for array in device.values():  # arrives late on this stream
+            held = array.copy()
+            array.fill(0)
+            cupy.matmul(cupy.ones((2000, 2000)), cupy.ones((2000, 2000)))
+            array[...] = held
+        attention(**device, out=out)
+    stream.synchronize()
+    assert_same_bits(verify.from_device(out), expected.out)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_call_can_be_captured_in_a_graph(cupy, return_lse):
+    problem, host, device = drawn()
+    expected = simulated(problem, host)
+    out = cupy.empty(expected.out.shape, np.float32)
+    lse = cupy.empty(expected.lse.shape, np.float32)
+    results = (out, lse) if return_lse else out
+    attention(**device, out=results, return_lse=return_lse)
+    held = {name: array.copy() for name, array in device.items()}
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        attention(**device, out=results, return_lse=return_lse)
+        graph = stream.end_capture()
+    for array in device.values():
+        array.fill(0)
+    for name, array in device.items():
+        array[...] = held[name]
+    out.fill(np.nan)
+    lse.fill(np.nan)
+    cupy.cuda.Device().synchronize()
+    graph.launch(stream)
+    stream.synchronize()
+    assert_same_bits(verify.from_device(out), expected.out)
+    if return_lse:
+        assert_same_bits(verify.from_device(lse), expected.lse)
+
+
+def test_the_arrays_device_is_used(cupy):
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two devices")
+    problem, host, _ = drawn()
+    expected = simulated(problem, host)
+    with cupy.cuda.Device(1):
+        device = {name: verify.on_device(values) for name, values in host.items()}
+        cupy.cuda.Device(1).synchronize()
+    with cupy.cuda.Device(0):
+        out = attention(**device)
+    assert out.device.id == 1
+    with cupy.cuda.Device(1):
+        assert_same_bits(verify.from_device(out), expected.out)
+    with pytest.raises(ValueError, match="k is on device 0: expected device 1"):
+        attention(device["q"], verify.on_device(host["k"]), device["v"])
+
+
+def test_more_memory_than_there_is(cupy):
+    pool = cupy.cuda.MemoryPool()
+    pool.set_limit(size=4 << 20)
+    _, _, device = drawn(q_len=20000, heads=16, kv_heads=16, batch=1)
+    before = cupy.cuda.get_allocator()
+    cupy.cuda.set_allocator(pool.malloc)
+    try:
+        with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+            attention(**device)
+    finally:
+        cupy.cuda.set_allocator(before)
+
+
+# Arrays of other libraries
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_tensors(dtype):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no device")
+    problem, host, _ = drawn(dtype=dtype)
+    expected = simulated(problem, host)
+    kind = getattr(torch, dtype)
+    tensors = [torch.from_numpy(host[name].view(f"i{host[name].itemsize}")).cuda().view(kind) for name in "qkv"]
+    assert_same_bits(verify.from_device(attention(*tensors)), expected.out)
+    out = torch.empty(expected.out.shape, dtype=kind, device="cuda")
+    assert attention(*tensors, out=out) is out
+    bits = out.view(torch.int32 if out.element_size() == 4 else torch.int16).cpu().numpy()
+    assert_same_bits(bits.view(expected.out.dtype), expected.out)
+    with pytest.raises(TypeError, match=r"q is a torch.Tensor that cannot be shared"):
+        attention(tensors[0].clone().requires_grad_(), *tensors[1:])
+
+
+def test_cuda_array_interface(cupy):
+    class Interfaced:
+        def __init__(self, array):
+            self.__cuda_array_interface__ = array.__cuda_array_interface__
+
+    problem, host, device = drawn()
+    out = attention(*(Interfaced(array) for array in device.values()))
+    assert_same_bits(verify.from_device(out), simulated(problem, host).out)
+
+
+# Kernels
+
+
+def test_no_kernel_of_this_device_spills(cupy):
+    capability = cupy.cuda.Device().compute_capability
+    architecture = compiler.choose_architecture((int(capability[:-1]), int(capability[-1])))
+    for variant in flash2.variants(flash2.present_hardware(0)):
+        if "COUNT_TRAFFIC" not in dict(variant.macros):
+            assert compiler.compile_variant(variant, architecture).complaints == (), str(variant)
