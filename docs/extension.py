@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import typing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -26,6 +28,8 @@ from simattn.hardware import HARDWARE
 from simattn.hardware import table as hardware_table
 from simattn.plan import Plan
 from simattn.report import figure_text
+
+MEASUREMENTS = Path(__file__).parent / "measurements"
 
 # Mathematics
 
@@ -79,6 +83,47 @@ class AlgorithmTable(MarkdownDirective):
             for name, spec in simattn.ALGORITHMS.items()
         ]
         return markdown_table(["name", "title", "directions", "what it does"], rows)
+
+
+class KernelBits(MarkdownDirective):
+    """The measurement that holds a kernel's bits and counts against the simulated machine's."""
+
+    def lines(self) -> list[str]:
+        """Return its summary."""
+        report = json.loads((MEASUREMENTS / "flash2-forward-bits.json").read_text(encoding="utf-8"))
+        tally, versions = report["tally"], report["versions"]
+        return [
+            f"{report['device']}, {versions['compiler']}, CuPy {versions['cupy']}: {tally['problems']:,} problems, "
+            f"{tally['elements']:,} elements of output and log-sum-exp, {tally['differing_elements']} with other bits, "
+            f"{tally['differing_counts']} other counts.",
+        ]
+
+
+class KernelSpeed(MarkdownDirective):
+    """The measured speed of a kernel beside other libraries."""
+
+    def lines(self) -> list[str]:
+        """Return one row per problem."""
+        report = json.loads((MEASUREMENTS / "flash2-forward-speed.json").read_text(encoding="utf-8"))
+        names = list(dict.fromkeys(row["contender"] for row in report["rows"] if row["contender"] != "flash2"))
+        keys = ("dtype", "head_dim", "length", "causal")
+        others = {(*(row[key] for key in keys), row["contender"]): row["time_over_flash2"] for row in report["rows"]}
+        rows = [
+            [
+                row["dtype"],
+                str(row["head_dim"]),
+                f"{row['length']:,}",
+                "yes" if row["causal"] else "no",
+                f"{row['milliseconds']:.2f}",
+                f"{100 * row['fraction_of_fp32_peak']:.1f} %",
+                *(f"{others[key]:.2f}" if (key := (*(row[k] for k in keys), name)) in others else "" for name in names),
+            ]
+            for row in report["rows"]
+            if row["contender"] == "flash2"
+        ]
+        peak = report["fp32_peak_flops_per_second"] / 1e12
+        heads = ["storage", "head_dim", "length", "causal", "ms", f"of {peak:.1f} TFLOP/s", *names]
+        return [f"{report['device']}, driver for CUDA {report['driver'] // 1000}.", "", *markdown_table(heads, rows)]
 
 
 class AlgorithmPages(TocTree):
@@ -227,6 +272,8 @@ def plain(text: str) -> str:
 
 DIRECTIVES: Mapping[str, type[Directive]] = {
     "algorithm-table": AlgorithmTable,
+    "kernel-bits": KernelBits,
+    "kernel-speed": KernelSpeed,
     "algorithm-pages": AlgorithmPages,
     "algorithm-facts": AlgorithmFacts,
     "plan-options": PlanOptions,
