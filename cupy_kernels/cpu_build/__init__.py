@@ -148,7 +148,7 @@ def _build(kernels: Path, macros: Mapping[str, str]) -> Path:
     return library
 
 
-class _ArrayRecord(ctypes.Structure):
+class ArrayRecord(ctypes.Structure):
     """``cpu::Array``."""
 
     _fields_ = [
@@ -200,8 +200,8 @@ class _GlobalArray:
         batch, row, head = (stride // self.values.itemsize for stride in self.values.strides[:3])
         return batch, row, head
 
-    def record(self) -> _ArrayRecord:
-        return _ArrayRecord(
+    def record(self) -> ArrayRecord:
+        return ArrayRecord(
             self.name.encode(),
             self.address,
             (ctypes.c_longlong * 3)(*self.values.shape[:3]),
@@ -230,14 +230,15 @@ _launch_lock = threading.Lock()
 
 
 @functools.cache
-def _loaded(library: Path) -> Any:
+def loaded(library: Path) -> Any:
+    """Return a library's function that runs a grid of thread blocks; its arguments are those of launch.cpp."""
     launch = ctypes.CDLL(str(library)).launch
     launch.argtypes = (
         ctypes.c_void_p,
         ctypes.c_uint,
         ctypes.c_uint,
         ctypes.c_size_t,
-        ctypes.POINTER(_ArrayRecord),
+        ctypes.POINTER(ArrayRecord),
         *([ctypes.c_int] * 3),
         ctypes.c_uint64,
         ctypes.c_char_p,
@@ -312,7 +313,7 @@ def run_flash2_forward(
     )
     grid = kernel.grid(problem)
     if grid:
-        launch = _loaded(build_flash2_forward(kernel, kernels))
+        launch = loaded(build_flash2_forward(kernel, kernels))
         message = ctypes.create_string_buffer(512)
         with _launch_lock:
             succeeded = launch(
@@ -320,7 +321,7 @@ def run_flash2_forward(
                 grid,
                 kernel.threads,
                 kernel.shared_bytes,
-                (_ArrayRecord * len(arrays))(*(array.record() for array in arrays)),
+                (ArrayRecord * len(arrays))(*(array.record() for array in arrays)),
                 len(arrays),
                 ORDERS.index(order),
                 COPIES.index(copies),

@@ -30,12 +30,12 @@ def run_launch(launched):
         parameters["counters"] = ctypes.addressof(unread)
     records = [_record(name, parameters, ITEM_BYTES[kernel.storage]) for name in ("q", "k", "v", *OUTPUTS)]
     message = ctypes.create_string_buffer(512)
-    succeeded = cpu_build._loaded(cpu_build.build_flash2_forward(kernel))(
+    succeeded = cpu_build.loaded(cpu_build.build_flash2_forward(kernel))(
         launched.parameters.ctypes.data,
         launched.grid[0],
         launched.block[0],
         launched.shared_bytes,
-        (cpu_build._ArrayRecord * len(records))(*(record for record, _ in records)),
+        (cpu_build.ArrayRecord * len(records))(*(record for record, _ in records)),
         len(records),
         0,
         0,
@@ -64,7 +64,7 @@ def _record(name, parameters, item_bytes):
     span = sum(abs(step) for step in steps) + row_bytes if 0 not in sizes else 0
     flags = (ctypes.c_ubyte * max(1, span))() if name in OUTPUTS else None
     whole = (ctypes.c_longlong * 3)(max(1, span), max(1, span), max(1, span))
-    record = cpu_build._ArrayRecord(
+    record = cpu_build.ArrayRecord(
         name.encode(),
         base,
         (ctypes.c_longlong * 3)(1, 1, 1),
