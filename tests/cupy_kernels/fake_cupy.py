@@ -63,7 +63,8 @@ class Memory:
     """Memory outside the pool."""
 
     def __init__(self, size):
-        self.held, self.size = np.empty(size, np.uint8), size
+        # Quiet NaN in every format: what a program leaves unwritten shows, and converting it raises no flag.
+        self.held, self.size = np.full(size, 0xFF, np.uint8), size
 
     @property
     def ptr(self):
