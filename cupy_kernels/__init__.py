@@ -7,19 +7,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cupy_kernels.api import attention
+    from cupy_kernels.api import attention, attention_backward, workspace_bytes
     from cupy_kernels.compiler import CompileError
     from cupy_kernels.counting import CountedTraffic, count_traffic
-    from cupy_kernels.flash2 import default_plan
+    from cupy_kernels.table import default_plan
 
-__all__ = ["CompileError", "CountedTraffic", "attention", "count_traffic", "default_plan"]
+__all__ = [
+    "CompileError",
+    "CountedTraffic",
+    "attention",
+    "attention_backward",
+    "count_traffic",
+    "default_plan",
+    "workspace_bytes",
+]
 
 _MODULE_OF = {
     "CompileError": "compiler",
     "CountedTraffic": "counting",
     "attention": "api",
+    "attention_backward": "api",
     "count_traffic": "counting",
-    "default_plan": "flash2",
+    "default_plan": "table",
+    "workspace_bytes": "api",
 }
 
 

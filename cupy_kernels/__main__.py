@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from cupy_kernels import compiler, flash2
+from cupy_kernels import compiler
 from cupy_kernels.arrays import require_cupy
 from cupy_kernels.compiler import Attempt, Variant
+from cupy_kernels.launch import present_hardware
 from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES
+from cupy_kernels.table import variants
 from simattn.planning import DEFAULT_HARDWARE
 from simattn.tables import json_text, text_table
 
@@ -75,8 +77,8 @@ def _present_architecture() -> str:
 
 def _warmup(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     architecture = compiler.check_architecture(arguments.arch) if arguments.arch else _present_architecture()
-    hardware = DEFAULT_HARDWARE if arguments.arch else flash2.present_hardware(require_cupy().cuda.Device().id)
-    chosen = [variant for variant in flash2.variants(hardware) if _wanted(variant, arguments)]
+    hardware = DEFAULT_HARDWARE if arguments.arch else present_hardware(require_cupy().cuda.Device().id)
+    chosen = [variant for variant in variants(hardware) if _wanted(variant, arguments)]
     if arguments.list:
         return [_row(variant, Attempt(compiler.find(variant, architecture), "", 0.0)) for variant in chosen]
     rows = []
@@ -100,17 +102,20 @@ def _wanted(variant: Variant, arguments: argparse.Namespace) -> bool:
     macros = dict(variant.macros)
     return (
         macros["STORAGE"] in arguments.dtype
-        and (arguments.columns is None or int(macros["COLUMNS"]) in arguments.columns)
+        and (arguments.columns is None or int(macros.get("COLUMNS", 0)) in (0, *arguments.columns))
         and (arguments.counting or "COUNT_TRAFFIC" not in macros)
     )
 
 
 def _row(variant: Variant, attempt: Attempt) -> dict[str, Any]:
-    cubin = attempt.cubin
+    cubin, values = attempt.cubin, dict(variant.macros)
+    counting = values.pop("COUNT_TRAFFIC", None) is not None
     return {
         "kernel": variant.function,
-        **{name.lower(): value for name, value in variant.macros if name != "COUNT_TRAFFIC"},
-        "counting": "COUNT_TRAFFIC" in dict(variant.macros),
+        "storage": values.pop("STORAGE"),
+        "columns": values.pop("COLUMNS", ""),
+        "macros": " ".join(f"{name.lower()}={value}" for name, value in values.items()),
+        "counting": counting,
         "registers": None if cubin is None else cubin.registers,
         "spill_bytes": None if cubin is None else cubin.spill_bytes,
         "cached": cubin is not None and cubin.cached,

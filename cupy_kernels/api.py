@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from cupy_kernels.arrays import check_device, device_array, output_array, require_cupy
 from cupy_kernels.counting import active_count
-from cupy_kernels.flash2 import prepare
+from cupy_kernels.launch import (
+    WORKSPACE_ALIGNMENT,
+    Launch,
+    checked_problem,
+    kept_in_workspace,
+    prepare,
+    present_hardware,
+)
+from cupy_kernels.program import workspace_layout
+from cupy_kernels.table import default_plan, get_algorithm, make_program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-    from simattn.algorithms.flash2 import Flash2Plan
+    from simattn.plan import Direction, Plan
     from simattn.problem import Window
 
-ALGORITHMS = ("flash2",)
-"""Algorithms that :func:`attention` has kernels for; the first is the default."""
-
 _NOT_SUPPORTED = ("bias", "dropout", "softcap", "sinks")
+_INPUTS = ("q", "k", "v")
 
 
 def attention(
@@ -35,7 +43,9 @@ def attention(
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     out: Any = None,
-    plan: Flash2Plan | None = None,
+    plan: Plan | None = None,
+    return_saved: bool = False,
+    workspace: Any = None,
     **unsupported: Any,
 ) -> Any:
     """Compute softmax(scale · q kᵀ, masked) v on the GPU.
@@ -68,16 +78,22 @@ def attention(
     window
         ``(left, right)`` keys seen on either side of the query's position, both ends included; None is no limit.
     algorithm
-        "flash2", the default.
+        "flash2", the default; "flash1", whose output goes through memory once for every tile of keys; or "standard",
+        whose scores and probabilities do.
     return_lse
         Whether to return the log-sum-exp of the scores too.
     cu_seqlens_q, cu_seqlens_k
-        Not taken by "flash2": sequences of one call have the same length.
+        Not taken: sequences of one call have the same length.
     out
         Where to write the result: a C-contiguous array of shape (batch, q_len, heads, value_dim), stored like q, that
         overlaps no input. With ``return_lse``, that or a pair ``(out, lse)``.
     plan
         Tiles, on which the bits depend; default :func:`cupy_kernels.default_plan`.
+    return_saved
+        Whether to return what :func:`attention_backward` needs too.
+    workspace
+        Memory for what "flash1" and "standard" keep in between: a C-contiguous array of at least
+        :func:`workspace_bytes` bytes. Default: taken from CuPy's pool for the time of the call.
 
     Returns
     -------
@@ -86,6 +102,9 @@ def attention(
         sees no key, or whose scores are all −inf, is 0.
     lse
         With ``return_lse``: natural log-sum-exp, float32, shape (batch, heads, q_len); −inf in such rows.
+    saved
+        With ``return_saved``: a mapping of CuPy arrays, "out" and "lse" of "flash2"; "out", "row_max" and "row_sum" of
+        "flash1", the maximum in units of log₂; "probabilities" of "standard", shape (batch, heads, q_len, kv_len).
 
     Raises
     ------
@@ -102,18 +121,14 @@ def attention(
     -----
     The kernel runs on CuPy's current stream of the arrays' device and the call does not wait for it. To capture it in
     a CUDA graph, call it once before with the same shapes, which compiles and loads the kernel, and give the results'
-    memory by ``out=``, with ``return_lse`` as a pair: then a call with CuPy arrays allocates nothing and waits for
-    nothing. Memory of another library's arrays must stay theirs until the stream is done with it.
+    memory by ``out=``, with ``return_lse`` as a pair, and ``workspace=`` where there is one: then a call with CuPy
+    arrays allocates nothing and waits for nothing. Memory of another library's arrays must stay theirs until the stream is done with it.
     """
     if unsupported:
-        _refuse(unsupported)
+        _refuse("attention", unsupported)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         name = "cu_seqlens_k" if cu_seqlens_q is None else "cu_seqlens_q"
-        raise ValueError(
-            f"{name} is not taken by flash2: expected None, and one (batch, length, heads, dim) array each"
-        )
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm={algorithm!r} has no kernel: expected one of {ALGORITHMS}")
+        raise ValueError(f"{name} is not taken: expected None, and one (batch, length, heads, dim) array each")
     cupy = require_cupy()
     ndarray = cupy.ndarray
     if q.__class__ is not ndarray:
@@ -127,10 +142,11 @@ def attention(
         check_device("k", k.data.device_id, device)
     if v.data.device_id != device:
         check_device("v", v.data.device_id, device)
+    arguments = (q, k, v, scale, causal, window, algorithm, plan, return_lse, return_saved, out, workspace)
     if cupy.cuda.runtime.getDevice() != device:
         with cupy.cuda.Device(device):
-            return _attention(device, q, k, v, scale, causal, window, plan, return_lse, out)
-    return _attention(device, q, k, v, scale, causal, window, plan, return_lse, out)
+            return _attention(device, *arguments)
+    return _attention(device, *arguments)
 
 
 def _attention(
@@ -141,42 +157,273 @@ def _attention(
     scale: float | None,
     causal: bool,
     window: Any,
-    plan: Flash2Plan | None,
+    algorithm: str | None,
+    plan: Plan | None,
     return_lse: bool,
+    return_saved: bool,
     out: Any,
+    workspace: Any,
 ) -> Any:
     """Launch on the current device, which is the arrays'."""
     counted = active_count()
+    described = (q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype)
+    launch = _prepared(
+        device, algorithm, "forward", _INPUTS, scale, causal, window, plan, False, counted is not None, described
+    )
+    addresses = [q.data.ptr, k.data.ptr, v.data.ptr, *launch.no_addresses]
+    launch.check_addresses(addresses)
+    given, given_lse = _outputs(out, return_lse)
+    wanted = _wanted(algorithm, return_lse, return_saved)
+    results: dict[str, Any] = {}
+    if given is not None:
+        taken = launch.taken(dict(zip(_INPUTS, addresses, strict=False)))
+        for name, array in (("out", given), ("lse", given_lse)):
+            if array is not None:
+                results[name] = output_array(name, array)
+                launch.check_output(name, results[name], taken)
+    for name in wanted:
+        if name not in results:
+            results[name] = launch.empty(name)
+        addresses[launch.slot[name]] = results[name].data.ptr
+    launch(addresses, wanted, _workspace(workspace), counted)
+    returned = [results["out"] if given is None else given]
+    if return_lse:
+        returned.append(results["lse"] if given_lse is None else given_lse)
+    if return_saved:
+        returned.append({name: results[name] for name in get_algorithm(algorithm).saved})
+    return returned[0] if len(returned) == 1 else tuple(returned)
+
+
+def attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any = None,
+    lse: Any = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    deterministic: bool = False,
+    algorithm: str | None = None,
+    saved: Mapping[str, Any] | None = None,
+    gradients: tuple[Any, Any, Any] | None = None,
+    plan: Plan | None = None,
+    workspace: Any = None,
+    **unsupported: Any,
+) -> tuple[Any, Any, Any]:
+    """Compute the gradients of :func:`attention` on the GPU.
+
+    dk and dv, and with ``deterministic`` or an algorithm other than "flash2" also dq, have the same bits on every
+    device: those of ``simattn.run_backward(algorithm, q, k, v, dout, arithmetic="simt", saved=...)`` with the same plan.
+
+    Parameters
+    ----------
+    dout
+        Gradient of the output, shape (batch, q_len, heads, value_dim), stored like q.
+    q, k, v
+        As :func:`attention` had them.
+    out, lse
+        What :func:`attention` returned with ``return_lse``: shape (batch, q_len, heads, value_dim) stored like q, and
+        (batch, heads, q_len) float32. "flash2" needs both.
+    scale, causal, window
+        As :func:`attention` had them.
+    deterministic
+        Whether dq must have the same bits every time. By default "flash2" adds up the parts of dq in float32 in
+        whatever order they are ready, which is faster; with ``deterministic`` a second kernel computes the scores
+        again. The other algorithms always return the same bits.
+    algorithm
+        As :func:`attention` had it.
+    saved
+        What :func:`attention` returned with ``return_saved``; with ``out`` and ``lse`` it need not be given to
+        "flash2".
+    gradients
+        Where to write the results: C-contiguous arrays (dq, dk, dv), shaped and stored like q, k and v, that overlap no
+        input.
+    plan
+        Default: :func:`cupy_kernels.default_plan` for the backward direction.
+    workspace
+        Memory for what the program keeps in between: a C-contiguous array of at least :func:`workspace_bytes` bytes.
+        Default: taken from CuPy's pool for the time of the call.
+
+    Returns
+    -------
+    dq, dk, dv
+        CuPy arrays shaped and stored like q, k and v, or the arrays given as ``gradients``. What no query sees has
+        gradient 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described; the message names it, what it was and what was expected. Nothing is
+        launched or written then.
+    RuntimeError
+        If CuPy is not installed, there is no CUDA device, the device is not supported or has too little shared memory,
+        or a kernel does not compile.
+    cupy.cuda.memory.OutOfMemoryError
+        If results and workspace do not fit in the device's memory.
+
+    Notes
+    -----
+    Streams and graphs are as for :func:`attention`; to capture a call, give ``gradients`` and ``workspace``.
+    """
+    if unsupported:
+        _refuse("attention_backward", unsupported)
+    chosen = get_algorithm(algorithm)
+    cupy = require_cupy()
+    given = {"q": q, "k": k, "v": v, "dout": dout, **_saved(chosen.saved, saved, out=out, lse=lse)}
+    for name, array in given.items():
+        if array.__class__ is not cupy.ndarray:
+            given[name] = device_array(name, array)
+    device = given["q"].data.device_id
+    for name, array in given.items():
+        if array.data.device_id != device:
+            check_device(name, array.data.device_id, device)
+    if gradients is not None and (not isinstance(gradients, (tuple, list)) or len(gradients) != 3):
+        raise TypeError(f"gradients is a {type(gradients).__name__}: expected three arrays (dq, dk, dv)")
+    arguments = (given, scale, causal, window, algorithm, plan, deterministic, gradients, workspace)
+    if cupy.cuda.runtime.getDevice() != device:
+        with cupy.cuda.Device(device):
+            return _attention_backward(device, *arguments)
+    return _attention_backward(device, *arguments)
+
+
+def _attention_backward(
+    device: int,
+    given: dict[str, Any],
+    scale: float | None,
+    causal: bool,
+    window: Any,
+    algorithm: str | None,
+    plan: Plan | None,
+    deterministic: bool,
+    gradients: Any,
+    workspace: Any,
+) -> tuple[Any, Any, Any]:
+    """Launch on the current device, which is the arrays'."""
+    counted = active_count()
+    if not isinstance(deterministic, (bool, np.bool_)):
+        raise TypeError(f"deterministic={deterministic!r}: expected a bool")
+    described = tuple(part for array in given.values() for part in (array.shape, array.strides, array.dtype))
+    launch = _prepared(
+        device, algorithm, "backward", tuple(given), scale, causal, window, plan, bool(deterministic),
+        counted is not None, described,
+    )  # fmt: skip
+    addresses = [*(given[name].data.ptr for name in launch.inputs), *launch.no_addresses]
+    launch.check_addresses(addresses)
+    names = ("dq", "dk", "dv")
+    if gradients is None:
+        results = tuple(launch.empty(name) for name in names)
+    else:
+        results = tuple(output_array(name, array) for name, array in zip(names, gradients, strict=True))
+        taken = launch.taken(dict(zip(launch.inputs, addresses, strict=False)))
+        for name, result in zip(names, results, strict=True):
+            launch.check_output(name, result, taken)
+    for name, result in zip(names, results, strict=True):
+        addresses[launch.slot[name]] = result.data.ptr
+    launch(addresses, frozenset(), _workspace(workspace), counted)
+    return results if gradients is None else tuple(gradients)  # type: ignore[return-value]
+
+
+def _saved(needed: tuple[str, ...], saved: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
+    """Return what the forward pass saved, from the mapping and from arguments of their own, as far as it is needed."""
+    if saved is not None and not hasattr(saved, "keys"):
+        raise TypeError(f"saved is a {type(saved).__name__}: expected the mapping that attention returned")
+    found = dict(saved or {}) | {name: array for name, array in named.items() if array is not None}
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} of the forward pass is missing: expected {', '.join(needed)}, which attention "
+            "returns with return_saved=True"
+        )
+    return {name: found[name] for name in needed}
+
+
+def workspace_bytes(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    direction: Direction = "forward",
+    causal: bool = False,
+    window: Window | None = None,
+    algorithm: str | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    return_saved: bool = False,
+    plan: Plan | None = None,
+) -> int:
+    """Return the bytes of device memory that a call needs besides its arguments and results.
+
+    Parameters
+    ----------
+    q, k, v
+        Arrays as the call has them; only shape and dtype matter.
+    direction
+        "forward" for :func:`attention`, "backward" for :func:`attention_backward`.
+    causal, window, algorithm, deterministic, return_lse, return_saved, plan
+        As the call has them.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As the call does.
+    """
+    require_cupy()
+    chosen = get_algorithm(algorithm)
+    problem = checked_problem(dict(zip(_INPUTS, (q, k, v), strict=True)), scale=None, causal=causal, window=window)
+    hardware = present_hardware(require_cupy().cuda.runtime.getDevice())
+    if plan is None:
+        plan = default_plan(
+            problem, hardware, algorithm=algorithm, direction=direction, deterministic=deterministic
+        )
+    program = make_program(algorithm, direction, problem, plan, hardware)
+    brought = _wanted(chosen.name, return_lse, return_saved) if direction == "forward" else frozenset()
+    return workspace_layout(kept_in_workspace(program, brought), WORKSPACE_ALIGNMENT)[1]
+
+
+def _prepared(
+    device: int,
+    algorithm: str | None,
+    direction: Direction,
+    names: tuple[str, ...],
+    scale: float | None,
+    causal: bool,
+    window: Any,
+    plan: Plan | None,
+    deterministic: bool,
+    count_traffic: bool,
+    described: tuple[Any, ...],
+) -> Launch:
+    """Return the launch for the arguments of a call."""
     if causal is not False and causal is not True and not isinstance(causal, np.bool_):
         raise TypeError(f"causal={causal!r}: expected a bool")  # 1 would find what True left in the cache
     if isinstance(window, list):
         window = tuple(window)
     try:
-        launch = prepare(
-            device,
-            *(q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype),
-            *(scale, causal, window, plan, counted is not None),
+        return prepare(
+            *(device, algorithm, direction, names, scale, causal, window, plan, deterministic, count_traffic),
+            *described,
         )
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
         raise TypeError(
-            f"scale={scale!r}, causal={causal!r}, window={window!r}, plan={plan!r}: expected a number, a bool, a pair "
-            "of integers and a simattn plan"
+            f"scale={scale!r}, causal={causal!r}, window={window!r}, algorithm={algorithm!r}, plan={plan!r}: expected "
+            "a number, a bool, a pair of integers, a name and a simattn plan"
         ) from None
-    if out is None:
-        result, lse = launch.empty(), launch.empty_lse() if return_lse else None
-        launch(q, k, v, result, lse, counted)
-        return (result, lse) if return_lse else result
-    given, given_lse = _outputs(out, return_lse)
-    result, lse = output_array("out", given), None
-    if given_lse is not None:
-        lse = output_array("lse", given_lse)
-    elif return_lse:
-        given_lse = lse = launch.empty_lse()
-    launch.check_outputs(q, k, v, result, lse)
-    launch(q, k, v, result, lse, counted)
-    return (given, given_lse) if return_lse else given
+
+
+@functools.cache
+def _wanted(algorithm: str | None, return_lse: bool, return_saved: bool) -> frozenset[str]:
+    """Return the names of the results that a forward call makes arrays for."""
+    saved = get_algorithm(algorithm).saved if return_saved else ()
+    return frozenset({"out", *(("lse",) if return_lse else ()), *saved})
+
+
+def _workspace(workspace: Any) -> Any:
+    return None if workspace is None else output_array("workspace", workspace)
 
 
 def _outputs(out: Any, return_lse: bool) -> tuple[Any, Any]:
@@ -192,8 +439,8 @@ def _outputs(out: Any, return_lse: bool) -> tuple[Any, Any]:
     return out[0], out[1]
 
 
-def _refuse(arguments: Iterable[str]) -> NoReturn:
+def _refuse(function: str, arguments: Iterable[str]) -> NoReturn:
     name = next(iter(arguments))
     if name in _NOT_SUPPORTED:
         raise TypeError(f"{name}= is not supported: none of {', '.join(_NOT_SUPPORTED)} is")
-    raise TypeError(f"attention() got an unexpected keyword argument {name!r}")
+    raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")

@@ -1,27 +1,35 @@
-"""Time the kernels, beside other libraries where they are installed: ``python -m cupy_kernels.bench --output FILE``.
+"""Time the kernels, beside other libraries where they are installed.
 
-Protocol: device times between events; inputs drawn from N(0, 1) and rotated among copies that together exceed the L2
-cache; every contender is warmed up and then timed in turn, one launch after the other, ``--rounds`` times; medians.
-FLOPs are counted 4 · batch · heads · q_len · kv_len · head_dim, halved for a causal mask. The peak is a measured loop
-of fused multiply-adds.
+``python -m cupy_kernels.bench --output FILE.json --plot FILE.svg``; with ``--read FILE.json`` the table and plot of an
+earlier run.
+
+Protocol: device times between events; inputs drawn from N(0, 1) and rotated among copies that together exceed twice the
+L2 cache, so that no launch finds its inputs there; every contender is warmed up and then timed in turn, one launch after
+the other, ``--rounds`` times; medians. FLOPs are counted 4 · batch · heads · q_len · kv_len · head_dim forward and 10
+times that product backward, halved for a causal mask. The peak is a measured loop of fused multiply-adds. GB/s are the
+bytes that the program moves between memory and multiprocessors, as counted, over the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
-from cupy_kernels import attention, default_plan
+from cupy_kernels import attention, attention_backward, default_plan
 from cupy_kernels.arrays import require_cupy
-from cupy_kernels.flash2 import checked_problem
+from cupy_kernels.launch import checked_problem
+from cupy_kernels.table import ALGORITHMS, DEFAULT_ALGORITHM
 from cupy_kernels.verify import environment
 from simattn import count
 from simattn.arithmetic.formats import ITEM_BYTES
+from simattn.plan import Direction
 from simattn.tables import text_table
 
 PEAK_SOURCE = r"""
@@ -44,10 +52,18 @@ extern "C" __global__ void __launch_bounds__(256) multiply_add(float* out, int r
 """
 
 
+LONGEST_THROUGH_MEMORY = 4096
+"""Longest sequences that the algorithms other than the default one are timed on."""
+
+Contenders = dict[str, Callable[[int], object]]
+"""What to time, by name; each is called with the number of the inputs to take."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """One problem to time, self-attention of ``heads`` heads."""
 
+    direction: Direction
     dtype: str
     head_dim: int
     length: int
@@ -63,12 +79,14 @@ class Shape:
     @property
     def flops(self) -> int:
         """FLOPs by the papers' convention."""
-        square = 4 * self.batch * self.heads * self.length**2 * self.head_dim
+        products = 4 if self.direction == "forward" else 10
+        square = products * self.batch * self.heads * self.length**2 * self.head_dim
         return square // 2 if self.causal else square
 
 
 SHAPES = tuple(
-    Shape(dtype, head_dim, length, causal)
+    Shape(direction, dtype, head_dim, length, causal)
+    for direction in ("forward", "backward")
     for dtype in ("float32", "float16")
     for head_dim in (64, 128, 256)
     for length in (2048, 4096, 8192)
@@ -103,8 +121,57 @@ def peak_flops_per_second() -> float:
     return float(blocks * 256 * rounds * 8 * 16 * 2 / statistics.median(times))
 
 
-def torch_contenders(inputs: list[tuple[Any, Any, Any]], causal: bool) -> dict[str, Callable[[int], object]]:
-    """Return PyTorch's attention by backend, for those that take the inputs; empty without PyTorch."""
+# Contenders
+
+
+def our_contenders(shape: Shape, inputs: list[tuple[Any, ...]]) -> tuple[Contenders, dict[str, int]]:
+    """Return the kernels, and the bytes that each moves."""
+    cupy = require_cupy()
+    contenders: Contenders = {}
+    counted = {}
+    arrays = dict(zip("qkv", inputs[0], strict=False))
+    problem = checked_problem(arrays, causal=shape.causal, scale=None, window=None)
+    described = {"batch": shape.batch, "heads": shape.heads, "q_len": shape.length, "head_dim": shape.head_dim}
+    results = tuple(cupy.empty_like(array) for array in inputs[0][:3])
+
+    def contender(algorithm: str, plan: Any) -> Callable[[int], object]:
+        if shape.direction == "forward":
+            return lambda turn: attention(
+                *inputs[turn % len(inputs)][:3], causal=shape.causal, algorithm=algorithm, plan=plan, out=results[0]
+            )
+        saved = [attention(*one[:3], causal=shape.causal, algorithm=algorithm, return_saved=True)[1] for one in inputs]
+        return lambda turn: attention_backward(
+            inputs[turn % len(inputs)][3],
+            *inputs[turn % len(inputs)][:3],
+            causal=shape.causal,
+            algorithm=algorithm,
+            saved=saved[turn % len(inputs)],
+            gradients=results,
+            plan=plan,
+        )
+
+    for algorithm in ALGORITHMS:
+        if algorithm != DEFAULT_ALGORITHM and shape.length > LONGEST_THROUGH_MEMORY:
+            continue
+        for deterministic in (False, True) if shape.direction == "backward" else (False,):
+            options: dict[str, Any] = {"algorithm": algorithm, "direction": shape.direction}
+            plan = default_plan(problem, **options, deterministic=deterministic)
+            if deterministic and plan == default_plan(problem, **options):
+                continue
+            name = f"{algorithm} deterministic" if deterministic else algorithm
+            contenders[name] = contender(algorithm, plan)
+            traffic = count(
+                algorithm, **described, dtype=shape.dtype, causal=shape.causal, plan=plan, direction=shape.direction
+            )
+            counted[name] = traffic.hbm_bytes
+    return contenders, counted
+
+
+def torch_contenders(shape: Shape, inputs: list[tuple[Any, ...]], peers: Sequence[str]) -> Contenders:
+    """Return the attention of PyTorch, by backend, and of libraries that take its tensors, where they take the inputs.
+
+    Empty without PyTorch.
+    """
     try:
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -112,49 +179,95 @@ def torch_contenders(inputs: list[tuple[Any, Any, Any]], causal: bool) -> dict[s
         return {}
     torch.backends.cuda.matmul.allow_tf32 = False
     stream = torch.cuda.ExternalStream(require_cupy().cuda.get_current_stream().ptr)
-    heads_first = [tuple(torch.from_dlpack(array).transpose(1, 2) for array in arrays) for arrays in inputs]
 
-    def contender(backend: Any) -> Callable[[int], object]:
-        def call(turn: int) -> object:
-            q, k, v = heads_first[turn % len(heads_first)]
-            with torch.cuda.stream(stream), sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    def with_backend(backend: Any) -> Callable[..., Any]:
+        def attend(q: Any, k: Any, v: Any, causal: bool) -> Any:
+            with sdpa_kernel(backend):
+                heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+                return torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
 
-        return call
+        return attend
 
-    found = {}
-    backends = ("MATH", "EFFICIENT_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION")
-    for backend in backends:
-        call = contender(getattr(SDPBackend, backend))
+    def contender(attend: Callable[..., Any]) -> Callable[[int], object]:
+        tensors = [tuple(torch.from_dlpack(array) for array in arrays) for arrays in inputs]
+
+        def forward(turn: int) -> object:
+            with torch.cuda.stream(stream):
+                return attend(*tensors[turn % len(tensors)][:3], causal=shape.causal)
+
+        if shape.direction == "forward":
+            return forward
+        graphs = []
+        with torch.cuda.stream(stream):
+            for q, k, v, _ in tensors:
+                leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+                graphs.append((attend(*leaves, causal=shape.causal), leaves))
+
+        def backward(turn: int) -> object:
+            out, leaves = graphs[turn % len(graphs)]
+            with torch.cuda.stream(stream):
+                return torch.autograd.grad(out, leaves, tensors[turn % len(tensors)][3], retain_graph=True)
+
+        return backward
+
+    named = {
+        f"torch {name.lower()}": with_backend(getattr(SDPBackend, name))
+        for name in ("MATH", "EFFICIENT_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION")
+    }
+    for peer in peers:
+        name, _, place = peer.partition("=")
+        module, _, function = place.partition(":")
+        named[name] = getattr(import_module(module), function)
+    for name, module, function in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            named[name] = getattr(import_module(module), function)
+    found: Contenders = {}
+    for name, attend in named.items():
         try:
+            call = contender(_first_result(attend))
             call(0)
-        except RuntimeError:  # the backend does not take this dtype or shape
+        except (RuntimeError, NotImplementedError, AssertionError, ValueError, TypeError) as error:
+            sys.stderr.write(f"{name} does not take {shape}: {str(error).splitlines()[:1]}\n")
             continue
-        found[f"torch {backend.lower()}"] = call
+        found[name] = call
     return found
 
 
-def measure(shape: Shape, peak: float, rounds: int) -> Iterator[dict[str, Any]]:
+LIBRARIES = (
+    ("FlashAttention-3", "flash_attn_interface", "flash_attn_func"),
+    ("FlashAttention-2", "flash_attn", "flash_attn_func"),
+)
+"""Name, module and function of libraries that take PyTorch's tensors as (batch, length, heads, columns)."""
+
+
+def _first_result(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that returns the output alone."""
+
+    def call(*arrays: Any, causal: bool) -> Any:
+        result = attend(*arrays, causal=causal)
+        return result[0] if isinstance(result, tuple) else result
+
+    return call
+
+
+# Measurements
+
+
+def measure(shape: Shape, peak: float, rounds: int, peers: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Time one shape by every contender."""
     cupy = require_cupy()
     size = (shape.batch, shape.length, shape.heads, shape.head_dim)
-    input_bytes = 3 * shape.batch * shape.length * shape.heads * shape.head_dim * ITEM_BYTES[shape.dtype]
+    arrays = 3 if shape.direction == "forward" else 4
+    input_bytes = arrays * shape.batch * shape.length * shape.heads * shape.head_dim * ITEM_BYTES[shape.dtype]
     copies = 1 + 2 * cupy.cuda.Device().attributes["L2CacheSize"] // input_bytes
     inputs = [
-        tuple(cupy.random.standard_normal(size, dtype="f4").astype(shape.dtype) for _ in range(3))
+        tuple(cupy.random.standard_normal(size, dtype="f4").astype(shape.dtype) for _ in range(arrays))
         for _ in range(copies)
     ]
-    out = cupy.empty(size, shape.dtype)
-    contenders: dict[str, Callable[[int], object]] = {
-        "flash2": lambda turn: attention(*inputs[turn % copies], causal=shape.causal, out=out)
-    }
-    contenders |= torch_contenders(inputs, shape.causal)
-    problem = checked_problem(dict(zip("qkv", inputs[0], strict=True)), causal=shape.causal, scale=None, window=None)
-    plan = default_plan(problem)
-    arguments = {"batch": shape.batch, "heads": shape.heads, "q_len": shape.length, "head_dim": shape.head_dim}
-    traffic = count("flash2", **arguments, dtype=shape.dtype, causal=shape.causal, plan=plan)
+    contenders, counted = our_contenders(shape, inputs)
+    contenders |= torch_contenders(shape, inputs, peers)
     times = device_seconds(contenders, rounds)
-    ours = statistics.median(times["flash2"])
+    ours = statistics.median(times[DEFAULT_ALGORITHM])
     for name, seconds in times.items():
         median = statistics.median(seconds)
         yield {
@@ -164,31 +277,140 @@ def measure(shape: Shape, peak: float, rounds: int) -> Iterator[dict[str, Any]]:
             "teraflops_per_second": shape.flops / median / 1e12,
             "fraction_of_fp32_peak": shape.flops / median / peak,
             "time_over_flash2": median / ours,
-            "counted_hbm_bytes": traffic.hbm_bytes if name == "flash2" else None,
+            "counted_hbm_bytes": counted.get(name),
+            "gigabytes_per_second": counted[name] / median / 1e9 if name in counted else None,
         }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table and write a file."""
-    parser = argparse.ArgumentParser(prog="python -m cupy_kernels.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--dtype", choices=("float32", "float16"), help="only this storage format")
-    arguments = parser.parse_args(argv)
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure every shape that was asked for."""
     cupy = require_cupy()
     rows: list[dict[str, Any]] = []
     with cupy.cuda.Stream(non_blocking=True):  # a stream of its own, which other libraries can be given
         peak = peak_flops_per_second()
         for shape in SHAPES:
-            if arguments.dtype in (None, shape.dtype):
-                rows += measure(shape, peak, arguments.rounds)
-    columns = ("dtype", "head_dim", "length", "causal", "contender")
-    numbers = ("milliseconds", "teraflops_per_second", "fraction_of_fp32_peak", "time_over_flash2")
-    table = [[*(str(row[name]) for name in columns), *(f"{row[name]:.3f}" for name in numbers)] for row in rows]
-    sys.stdout.write(text_table([*columns, *numbers], table) + f"\nfp32 peak measured: {peak / 1e12:.1f} TFLOP/s\n")
+            if (
+                arguments.dtype in (None, shape.dtype)
+                and arguments.direction in (None, shape.direction)
+                and shape.head_dim in arguments.head_dims
+                and shape.length in arguments.lengths
+            ):
+                rows += measure(shape, peak, arguments.rounds, arguments.peer)
+                cupy.get_default_memory_pool().free_all_blocks()
+                if sys.stderr.isatty():
+                    sys.stderr.write(f"\r{shape}")
+    return {**environment(), "rounds": arguments.rounds, "fp32_peak_flops_per_second": peak, "rows": rows}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the measurements as text."""
+    columns = ("direction", "dtype", "head_dim", "length", "causal", "contender")
+    numbers = ("milliseconds", "teraflops_per_second", "fraction_of_fp32_peak", "time_over_flash2",
+               "gigabytes_per_second")  # fmt: skip
+    cells = [
+        [
+            *(str(row[name]) for name in columns),
+            *("" if row[name] is None else f"{row[name]:.3f}" for name in numbers),
+        ]
+        for row in report["rows"]
+    ]
+    return (
+        text_table([*columns, *numbers], cells)
+        + f"\nfp32 peak measured on {report['device']}: {report['fp32_peak_flops_per_second'] / 1e12:.1f} TFLOP/s\n"
+    )
+
+
+def plot(report: dict[str, Any], dtype: str = "float32") -> Any:
+    """Return a figure of TFLOP/s against length: a panel for each head dimension, direction and mask.
+
+    Parameters
+    ----------
+    report
+        What :func:`run` returned.
+    dtype
+        Storage format whose rows to draw.
+    """
+    from matplotlib.figure import Figure
+
+    from simattn.plots import INK, MUTED, PALETTE
+
+    rows = [row for row in report["rows"] if row["dtype"] == dtype]
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    colours = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
+    kinds = list(dict.fromkeys((row["direction"], row["causal"]) for row in rows))
+    dims = list(dict.fromkeys(row["head_dim"] for row in rows))
+    figure = Figure(figsize=(3.2 * len(dims) + 1.8, 2.6 * len(kinds) + 0.6), layout="constrained")
+    panels = figure.subplots(len(kinds), len(dims), squeeze=False, sharex=True, sharey="row")
+    peak = report["fp32_peak_flops_per_second"] / 1e12
+    for (direction, causal), line in zip(kinds, panels, strict=True):
+        for head_dim, axes in zip(dims, line, strict=True):
+            found = [
+                row
+                for row in rows
+                if (row["direction"], row["causal"], row["head_dim"]) == (direction, causal, head_dim)
+            ]
+            for index, name in enumerate(names):
+                points = sorted((row["length"], row["teraflops_per_second"]) for row in found if row["contender"] == name)
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        color=colours[name],
+                        linestyle="-" if name in ALGORITHMS else (0, (4, 2)),
+                        marker="osD^vPX"[index % 7],
+                        markersize=4,
+                        linewidth=1.4,
+                        label=name,
+                    )
+            axes.axhline(peak, color=MUTED, linewidth=0.8, linestyle=":")
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(bottom=0)
+            axes.set_title(f"{direction}{', causal' if causal else ''}, d = {head_dim}", fontsize=9, color=INK)
+            axes.tick_params(labelsize=8, colors=INK)
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel("TFLOP/s", fontsize=9, color=INK)
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens", fontsize=9, color=INK)
+    labelled: dict[str, Any] = {}
+    for axes in panels.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            labelled.setdefault(label, handle)
+    figure.legend(
+        labelled.values(), labelled.keys(), loc="outside right upper", fontsize=8, frameon=False, title=report["device"],
+        title_fontsize=8,
+    )  # fmt: skip
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, or read measurements; print a table, write files."""
+    parser = argparse.ArgumentParser(prog="python -m cupy_kernels.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--plot", help="picture to write, SVG or PNG")
+    parser.add_argument("--read", help="JSON file of an earlier run, instead of measuring")
+    parser.add_argument("--rounds", type=int, default=11, help="times that each contender is timed (default 11)")
+    parser.add_argument("--dtype", choices=("float32", "float16"), help="only this storage format")
+    parser.add_argument("--direction", choices=("forward", "backward"), help="only this direction")
+    parser.add_argument("--head-dims", nargs="+", type=int, default=(64, 128, 256), help="only these head dimensions")
+    parser.add_argument("--lengths", nargs="+", type=int, default=(2048, 4096, 8192), help="only these lengths")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=MODULE:FUNCTION",
+        help="also time function(q, k, v, causal=...) of PyTorch tensors (batch, length, heads, columns)",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.read:
+        with open(arguments.read, encoding="utf-8") as file:
+            report = json.load(file)
+    else:
+        report = run(arguments)
+    sys.stdout.write(table(report))
     if arguments.output:
         with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump({**environment(), "fp32_peak_flops_per_second": peak, "rows": rows}, file, indent=1)
+            json.dump(report, file, indent=1)
+    if arguments.plot:
+        plot(report, arguments.dtype or "float32").savefig(arguments.plot)
     return 0
 
 

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,16 +32,27 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from cupy_kernels.arrays import require_cupy
-from cupy_kernels.flash2 import default_plan
-from simattn import AttentionProblem, Tiles, Traffic, run
-from simattn.algorithms.flash2 import Flash2Plan
+from cupy_kernels.program import SQUARE_ROW_MULTIPLE
+from cupy_kernels.table import ALGORITHMS, default_plan, make_program
+from simattn import AttentionProblem, Tiles, Traffic, run, run_backward
+from simattn.arithmetic.formats import numpy_dtype
+from simattn.plan import Direction, Plan
+from simattn.planning import DEFAULT_HARDWARE
 from simattn.testing import Inputs, attention_inputs, attention_problems
 
 Values = npt.NDArray[Any]
 
 HEAD_DIMS = tuple(range(16, 257, 8))
 OTHER_TILES = (Tiles(q=64, kv=64), Tiles(q=64, kv=32), Tiles(q=32, kv=32))
-"""Tiles of the problems that are not run by their default plan."""
+"""Tiles to draw from for problems that are not run by their default plan."""
+
+PLAN_FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "dq": {"choices": ("reduce", "deterministic")},
+    "grouped_gradients": {"choices": ("loop", "expand", "reduce")},
+    "softmax_passes": {"choices": (1, 2, 3)},
+    "hbm_accumulator": {"choices": ("float32", "storage")},
+}
+"""Fields of plans, where an algorithm's has them, and what is drawn for them."""
 
 LONGEST = 300
 """Most rows of a sequence: a few tiles."""
@@ -51,9 +62,15 @@ CHUNK = 50
 
 FAILURES_DESCRIBED = 20
 GUARD_BYTES = 4096
+LOOSE_UNITS = 64
+"""Units in the last place of the largest result that sums in another order may differ by."""
+
 SPECIAL_VALUES = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, -1e-40, 65504.0)
 """Values that rounding, maxima and sums treat apart; 1e-40 is subnormal in float32 and bfloat16, 0 in float16."""
 
+
+RESULTS: dict[Direction, tuple[str, ...]] = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv")}
+"""What is compared, by direction."""
 
 # Cases
 
@@ -79,20 +96,45 @@ class Layout:
 
 @dataclass(frozen=True)
 class Case:
-    """A problem with its inputs and how they lie in the device's memory."""
+    """A problem with its inputs and how they lie in the device's memory.
 
+    Attributes
+    ----------
+    algorithm, direction
+        What computes it.
+    problem, plan
+        The problem, and the plan of that direction; a backward case's forward pass has the default plan.
+    inputs
+        q, k and v, and dout of a backward case.
+    layouts
+        Of the inputs.
+    """
+
+    algorithm: str
+    direction: Direction
     problem: AttentionProblem
-    plan: Flash2Plan
+    plan: Plan
     inputs: Inputs
     layouts: dict[str, Layout]
+
+    @property
+    def repeats(self) -> frozenset[str]:
+        """Results whose order of sums the plan fixes, and so their bits."""
+        loose = set()
+        if self.direction == "backward":
+            if getattr(self.plan, "dq", None) == "reduce":
+                loose.add("dq")
+            if self.plan.grouped_gradients == "reduce" and self.problem.group_size > 1:
+                loose |= {"dk", "dv"}
+        return frozenset(RESULTS[self.direction]) - loose
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the simulated machine returns for a case."""
+    """What the simulated machine returns for a case: results, saved arrays that a backward case takes, bytes moved."""
 
-    out: Values
-    lse: Values
+    results: dict[str, Values]
+    saved: dict[str, Values]
     traffic: Traffic
 
 
@@ -105,22 +147,86 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, max_len: int = LONGEST, max_heads: int = 6, head_dims: Sequence[int] = HEAD_DIMS) -> Case:
-    """Draw a problem that the kernels take, its inputs and their layouts."""
+def plans(draw: st.DrawFn, problem: AttentionProblem, algorithm: str, direction: Direction) -> Plan:
+    """Draw a plan that there are kernels for; three of four have the default tiles."""
+    plan = default_plan(problem, algorithm=algorithm, direction=direction)
+    changes: dict[str, Any] = {}
+    if draw(st.integers(0, 3)) == 0:
+        changes["tiles"] = draw(st.sampled_from(OTHER_TILES))
+    relevant = {"softmax_passes", "hbm_accumulator"} | ({"dq", "grouped_gradients"} if direction == "backward" else set())
+    for name in sorted(relevant):
+        if hasattr(plan, name):
+            changes[name] = draw(st.sampled_from(PLAN_FIELDS[name]["choices"]))
+    changed = replace(plan, **changes)
+    try:
+        make_program(algorithm, direction, problem, changed, DEFAULT_HARDWARE)
+    except ValueError:  # these tiles do not fit that many columns
+        changed = replace(changed, tiles=plan.tiles)
+    return changed
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    *,
+    algorithms: Sequence[str] | None = None,
+    directions: Sequence[Direction] = ("forward", "backward"),
+    max_len: int = LONGEST,
+    max_heads: int = 6,
+    head_dims: Sequence[int] = HEAD_DIMS,
+) -> Case:
+    """Draw a problem that the kernels take, its inputs and their layouts.
+
+    Parameters
+    ----------
+    algorithms, directions
+        What to draw from; default all that there are kernels for.
+    max_len, max_heads, head_dims
+        Sizes to draw from.
+    """
+    algorithm = draw(st.sampled_from(tuple(algorithms or ALGORITHMS)))
+    direction = draw(st.sampled_from([name for name in directions if name in ALGORITHMS[algorithm].programs]))
     problem = draw(
         attention_problems(max_batch=3, max_heads=max_heads, max_len=max_len, head_dims=head_dims, block_sparse=False)
     )
-    plan = (
-        Flash2Plan(tiles=draw(st.sampled_from(OTHER_TILES))) if draw(st.integers(0, 7)) == 0 else default_plan(problem)
-    )
-    inputs = draw(attention_inputs(problem, hidden_is_finite=draw(st.booleans())))
+    plan = draw(plans(problem, algorithm, direction))
+    is_backward = direction == "backward"
+    inputs = draw(attention_inputs(problem, backward=is_backward, hidden_is_finite=draw(st.booleans())))
     if draw(st.integers(0, 3)) == 0:
         generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         for array in inputs.values():
             if array.size:
                 places = generator.integers(0, array.size, draw(st.integers(0, 4)))
                 array.reshape(-1)[places] = generator.choice(SPECIAL_VALUES, len(places)).astype(array.dtype)
-    return Case(problem, plan, inputs, {name: draw(layouts()) for name in inputs})
+    return Case(algorithm, direction, problem, plan, inputs, {name: draw(layouts()) for name in inputs})
+
+
+def random_case(
+    algorithm: str, direction: Direction, problem: AttentionProblem, *, plan: Plan | None = None, number: int = 0
+) -> Case:
+    """Return a problem with contiguous inputs from N(0, 1).
+
+    Parameters
+    ----------
+    algorithm, direction, problem
+        What computes what.
+    plan
+        Default: the default plan.
+    number
+        Seed of the inputs.
+    """
+    generator = np.random.default_rng(number)
+    shapes = {
+        "q": (problem.batch, problem.q_len, problem.heads, problem.head_dim),
+        "k": (problem.batch, problem.kv_len, problem.kv_heads, problem.head_dim),
+        "v": (problem.batch, problem.kv_len, problem.kv_heads, problem.value_dim),
+    }
+    if direction == "backward":
+        shapes["dout"] = (problem.batch, problem.q_len, problem.heads, problem.value_dim)
+    stored = numpy_dtype(problem.dtype)
+    inputs = {name: generator.standard_normal(shape).astype(stored) for name, shape in shapes.items()}
+    chosen = plan or default_plan(problem, algorithm=algorithm, direction=direction)
+    return Case(algorithm, direction, problem, chosen, inputs, {name: Layout() for name in inputs})
 
 
 def draw_case(number: int, index: int, longest: int = LONGEST) -> Case:
@@ -158,20 +264,24 @@ def draw_case(number: int, index: int, longest: int = LONGEST) -> Case:
 
 
 def simulate(case: Case) -> Expected:
-    """Run a case on the simulated machine."""
-    problem = case.problem
-    done = run(
-        "flash2",
-        *(case.inputs[name] for name in "qkv"),
-        scale=problem.scale,
-        causal=problem.causal,
-        window=problem.window,
-        arithmetic="simt",
-        plan=case.plan,
-    )
-    assert done.out is not None
-    assert done.lse is not None
-    return Expected(done.out, done.lse, done.traffic.global_only())
+    """Run a case on the simulated machine, a backward case after its forward pass."""
+    problem, arrays = case.problem, [case.inputs[name] for name in "qkv"]
+    options: dict[str, Any] = {
+        "scale": problem.scale,
+        "causal": problem.causal,
+        "window": problem.window,
+        "arithmetic": "simt",
+    }
+    plan = case.plan
+    if case.direction == "backward":
+        plan = default_plan(problem, algorithm=case.algorithm)
+    done = run(case.algorithm, *arrays, **options, plan=plan)
+    if case.direction == "backward":
+        saved = dict(done.saved)
+        done = run_backward(case.algorithm, *arrays, case.inputs["dout"], **options, plan=case.plan, saved=saved)
+    else:
+        saved = {}
+    return Expected({name: getattr(done, name) for name in RESULTS[case.direction]}, saved, done.traffic.global_only())
 
 
 def simulated_chunk(number: int, first: int, stop: int, longest: int) -> list[tuple[Case, Expected]]:
@@ -194,6 +304,13 @@ def on_device(values: Values, layout: Layout | None = None) -> Any:
     held = cupy.asarray(np.ascontiguousarray(stored).view(f"u{stored.itemsize}")).view(values.dtype)
     array = held[..., : values.shape[3]].transpose(*back, 3)
     return array[:, ::-1] if layout.reverse else array
+
+
+def saved_on_device(values: Values) -> Any:
+    """Return a CuPy array of what a forward pass saved: statistics adjacent, rows of four axes padded to vectors."""
+    if values.ndim == 3:
+        return require_cupy().asarray(np.ascontiguousarray(values))
+    return on_device(values, Layout(padding=-values.shape[3] % SQUARE_ROW_MULTIPLE))
 
 
 def from_device(array: Any) -> Values:
@@ -221,39 +338,67 @@ class GuardedArray:
 def compare(case: Case, expected: Expected) -> dict[str, int]:
     """Run a case on the device, in the fast and in the counting build, and count what differs.
 
+    Results that are added up in no fixed order are left out of the bits, but must be within rounding of the sum.
+
     Returns
     -------
     dict
-        ``elements`` compared; ``differing_elements`` of out and lse; ``differing_counts``, arrays and directions whose
+        ``elements`` compared; ``differing_elements`` of the results; ``differing_counts``, arrays and directions whose
         bytes differ; ``written_outside``, results that something was written beside.
     """
-    from cupy_kernels import attention, count_traffic
+    from cupy_kernels import count_traffic
 
-    problem = case.problem
-    arrays = [on_device(case.inputs[name], case.layouts[name]) for name in "qkv"]
+    arrays = {name: on_device(values, case.layouts[name]) for name, values in case.inputs.items()}
+    saved = {name: saved_on_device(values) for name, values in expected.saved.items()}
     tally = Counter(elements=0, differing_elements=0, differing_counts=0, written_outside=0)
     for counting in (False, True):
-        out = GuardedArray(expected.out.shape, expected.out.dtype)
-        lse = GuardedArray(expected.lse.shape, np.float32)
-        options: dict[str, Any] = {
-            "scale": problem.scale,
-            "causal": problem.causal,
-            "window": problem.window,
-            "plan": case.plan,
-            "return_lse": True,
-            "out": (out.array, lse.array),
-        }
+        results = {name: GuardedArray(wanted.shape, wanted.dtype) for name, wanted in expected.results.items()}
         if counting:
             with count_traffic() as counted:
-                attention(*arrays, **options)
+                call(case, arrays, saved, results)
             tally["differing_counts"] += differing_counts(counted.traffic, expected.traffic)
         else:
-            attention(*arrays, **options)
-        for result, wanted in ((out, expected.out), (lse, expected.lse)):
+            call(case, arrays, saved, results)
+        for name, wanted in expected.results.items():
             tally["elements"] += wanted.size
-            tally["differing_elements"] += differing_elements(from_device(result.array), wanted)
-            tally["written_outside"] += not result.intact()
+            found = from_device(results[name].array)
+            differing = differing_elements if name in case.repeats else differing_sums
+            tally["differing_elements"] += differing(found, wanted)
+            tally["written_outside"] += not results[name].intact()
     return dict(tally)
+
+
+def call(case: Case, arrays: dict[str, Any], saved: dict[str, Any], results: dict[str, GuardedArray]) -> None:
+    """Run a case on the device, its results written to guarded arrays."""
+    from cupy_kernels import attention, attention_backward
+
+    problem, given = case.problem, [arrays[name] for name in "qkv"]
+    options: dict[str, Any] = {
+        "scale": problem.scale,
+        "causal": problem.causal,
+        "window": problem.window,
+        "algorithm": case.algorithm,
+        "plan": case.plan,
+    }
+    if case.direction == "forward":
+        attention(*given, **options, return_lse=True, out=(results["out"].array, results["lse"].array))
+    else:
+        gradients = (results["dq"].array, results["dk"].array, results["dv"].array)
+        attention_backward(arrays["dout"], *given, **options, saved=saved, gradients=gradients)
+
+
+def differing_sums(actual: Values, expected: Values) -> int:
+    """Return how many elements differ by more than sums in another order may, relative to the largest.
+
+    A NaN or Inf of one must be one of the other.
+    """
+    found, wanted = (array.astype(np.float64) for array in (actual, expected))
+    finite = np.isfinite(wanted)
+    size = np.abs(wanted[finite]).max(initial=0.0)
+    unit = float(np.finfo(np.float32).eps) if actual.itemsize == 4 else 2.0**-7
+    with np.errstate(invalid="ignore"):
+        far = ~(np.abs(found - wanted) <= LOOSE_UNITS * unit * size)
+    return int(np.count_nonzero(np.where(finite, far, np.isfinite(found))))
 
 
 def differing_elements(actual: Values, expected: Values) -> int:
@@ -297,7 +442,7 @@ class Tally:
 def describe(case: Case) -> str:
     """Return a case in one line."""
     layouts_text = ", ".join(f"{name}={layout}" for name, layout in case.layouts.items())
-    return f"{case.problem} {case.plan.tiles} {layouts_text}"
+    return f"{case.algorithm} {case.direction} {case.problem} {case.plan} {layouts_text}"
 
 
 def environment() -> dict[str, Any]:

@@ -51,6 +51,9 @@ class Run:
         pass, else None.
     dq, dk, dv
         Gradients, shaped like their inputs, of a simulated backward pass, else None.
+    saved
+        What a simulated forward pass leaves for the backward pass, by name, else None. It is shaped as the argument of
+        that name of :func:`run_backward` expects it.
     """
 
     algorithm: str
@@ -67,6 +70,7 @@ class Run:
     dq: Values | None = None
     dk: Values | None = None
     dv: Values | None = None
+    saved: Mapping[str, Values] | None = None
 
     @property
     def peak_hbm_bytes(self) -> int:
@@ -172,7 +176,7 @@ def checked_algorithm(algorithm: str, direction: str, problem: AttentionProblem)
     return spec
 
 
-def _finished(request: _Request, machine: Machine, **numbers: Values) -> Run:
+def _finished(request: _Request, machine: Machine, **numbers: Any) -> Run:
     return Run(
         algorithm=request.spec.name,
         direction=request.direction,
@@ -309,14 +313,14 @@ def run(
         For eight-bit storage: factors of shape (batch, kv_heads), default 1.
     arithmetic
         "float32" (NumPy, outputs rounded to their storage format), "float64" (the oracle, nothing rounded) or, where
-        the algorithm fixes the order of every operation, "simt" (the bits of its CUDA-core kernel).
+        the algorithm fixes the order of every operation, "simt" (the bits of its CUDA-core kernels).
     plan, hardware, sram_bytes, **options
         As for :func:`profile`.
 
     Returns
     -------
     Run
-        With ``out`` and ``lse``. A row that sees no key, or whose scores are all −inf, is 0 with LSE −inf.
+        With ``out``, ``lse`` and ``saved``. A row that sees no key, or whose scores are all −inf, is 0 with LSE −inf.
 
     Raises
     ------
@@ -338,7 +342,7 @@ def run(
         **options,
     )
     machine = _simulated(request, _checked_arithmetic(arithmetic, request), inputs.head_major(request.problem))
-    return _finished(request, machine, **_forward_numbers(machine))
+    return _finished(request, machine, **_forward_numbers(request, machine))
 
 
 def run_backward(
@@ -352,20 +356,35 @@ def run_backward(
     causal: bool = False,
     window: Window | None = None,
     block_mask: BlockMask | None = None,
+    saved: Mapping[str, npt.ArrayLike] | None = None,
     arithmetic: str = "float32",
     plan: Plan | PlanKind | None = None,
     hardware: str | Hardware | None = None,
     sram_bytes: int | None = None,
     **options: Any,
 ) -> Run:
-    """Run a backward program on the simulated machine; the forward pass it needs is run too, and not counted.
+    """Run a backward program on the simulated machine; the forward pass it needs is run first, and not counted.
 
     Parameters
     ----------
-    algorithm, q, k, v, scale, causal, window, block_mask, arithmetic, plan, hardware, sram_bytes, **options
+    algorithm, q, k, v, scale, causal, window, block_mask, plan, hardware, sram_bytes, **options
         As for :func:`run`; a plan is the backward program's, its options apply to both where both have them.
     dout
         Gradient of the output, shape (batch, q_len, heads, value_dim), stored like q.
+    saved
+        What the forward pass left, :attr:`Run.saved` of one in the same arithmetic; None runs it. The arrays are
+
+        - of flash2, flash3 and online_softmax in one pass: ``out``, shape (batch, q_len, heads, value_dim), and the
+          natural log-sum-exp ``lse``, shape (batch, heads, q_len);
+        - of flash1: ``out``, and ``row_max`` and ``row_sum``, shape (batch, heads, q_len). In "simt" the row maximum
+          is in units of log₂: that of log₂e times the scores;
+        - of standard: ``probabilities``, shape (batch, heads, q_len, kv_len).
+
+        ``out`` and ``probabilities`` are stored like q, the rest is float32; in "float64" all of it is float64.
+    arithmetic
+        As for :func:`run`. Where a plan says "reduce", "simt" adds to memory in ascending order of key tiles and query
+        heads: to ``dq`` under ``dq="reduce"``, to ``dk`` and ``dv`` under ``grouped_gradients="reduce"``. A GPU's
+        atomic additions come in any order, so these bits are no kernel's promise.
 
     Returns
     -------
@@ -388,12 +407,16 @@ def run_backward(
         "sram_bytes": sram_bytes,
     }
     request = _request(algorithm, **shared, direction="backward", plan=plan, **options)
-    kept = {name: value for name, value in options.items() if name != "tiles"}
-    kept |= {name: getattr(request.plan, name) for name in ("repeat_kv", "enforce_capacity", "accumulators")}
-    before = _request(algorithm, **shared, direction="forward", plan=plan if isinstance(plan, str) else None, **kept)
     chosen, values = _checked_arithmetic(arithmetic, request), inputs.head_major(request.problem)
-    forward = _simulated(before, chosen, values)
-    machine = _simulated(request, chosen, values, forward)
+    if saved is None:
+        kept = {name: value for name, value in options.items() if name != "tiles"}
+        kept |= {name: getattr(request.plan, name) for name in ("repeat_kv", "enforce_capacity", "accumulators")}
+        kind = plan if isinstance(plan, str) else None
+        before = _request(algorithm, **shared, direction="forward", plan=kind, **kept)
+        left = _saved_values(request, _simulated(before, chosen, values))
+    else:
+        left = _checked_saved(request, chosen, saved)
+    machine = _simulated(request, chosen, {**values, **left})
     return _finished(request, machine, **_backward_numbers(machine))
 
 
@@ -409,18 +432,12 @@ def _checked_arithmetic(name: str, request: _Request) -> FloatArithmetic:
     return arithmetic
 
 
-def _simulated(
-    request: _Request,
-    arithmetic: FloatArithmetic,
-    values: Mapping[str, Values],
-    forward: Machine | None = None,
-) -> Machine:
+def _simulated(request: _Request, arithmetic: FloatArithmetic, values: Mapping[str, Values]) -> Machine:
     machine = _machine(request, arithmetic)
     declare_inputs(machine, request.spec, request.problem, request.direction, request.plan, values)
-    if forward is not None:
-        for array in machine.arrays.values():
-            if array.role == "saved":
-                array.values = forward.arrays[array.name].values
+    for array in machine.arrays.values():
+        if array.role == "saved":
+            array.values = values[array.name]
     with np.errstate(all="ignore"):  # NaN and Inf are propagated as IEEE says, not reported
         request.spec.programs[request.direction](machine, request.problem, request.plan)
     return machine
@@ -513,6 +530,61 @@ class _Inputs:
         return factors.reshape(-1, 1, 1, 1)
 
 
+def _saved_arrays(request: _Request, arithmetic: FloatArithmetic | None = None) -> dict[str, Array]:
+    """Return what the forward pass leaves for the backward pass, in simulations each an array of NaN."""
+    machine = Machine(request.problem, arithmetic=arithmetic)
+    if "backward" in request.spec.programs:
+        request.spec.declare_saved(machine, request.problem, request.plan)
+    return machine.arrays
+
+
+def _saved_values(request: _Request, forward: Machine) -> dict[str, Values]:
+    """Return the values that a forward pass left for a backward pass."""
+    values = {name: forward.arrays[name].values for name in _saved_arrays(request)}
+    return {name: array for name, array in values.items() if array is not None}
+
+
+def _checked_saved(
+    request: _Request, arithmetic: FloatArithmetic, saved: Mapping[str, npt.ArrayLike]
+) -> dict[str, Values]:
+    """Return the given arrays of a forward pass as (batch · kv_heads, group, rows, columns)."""
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"saved is a {type(saved).__name__}: expected a mapping of arrays by name")
+    expected = _saved_arrays(request, arithmetic)
+    if set(saved) != set(expected):
+        raise ValueError(
+            f"saved has the arrays {sorted(saved)}: expected {sorted(expected)}, as {request.spec.name} forward leaves"
+        )
+    values = {}
+    for name, array in expected.items():
+        assert array.values is not None
+        given, wanted = np.asarray(saved[name]), _user_layout(array, request.problem)
+        if given.shape != wanted.shape:
+            raise ValueError(f"saved[{name!r}] has shape {given.shape}: expected {wanted.shape}")
+        if given.dtype != wanted.dtype:
+            raise TypeError(
+                f"saved[{name!r}] has dtype {given.dtype}: expected {wanted.dtype} for {request.problem.dtype} inputs "
+                f"and arithmetic={arithmetic.name!r}"
+            )
+        if name == "out":
+            given = np.moveaxis(given, 2, 1)
+        values[name] = np.ascontiguousarray(given).reshape(array.values.shape)
+    return values
+
+
+def _user_layout(array: Array, problem: AttentionProblem) -> Values:
+    """Return an array's values as callers see them.
+
+    Rows of columns are (batch, length, heads, columns), scores (batch, heads, q_len, kv_len), and statistics (batch,
+    heads, q_len).
+    """
+    assert array.values is not None
+    if array.name == "out":
+        return _head_minor(array, problem)
+    columns = (array.columns,) if array.name == "probabilities" else ()
+    return array.values.reshape(problem.batch, problem.heads, array.rows, *columns)
+
+
 def _head_minor(array: Array, problem: AttentionProblem) -> Values:
     """Return an array's values as (batch, length, heads, columns)."""
     assert array.values is not None
@@ -521,13 +593,13 @@ def _head_minor(array: Array, problem: AttentionProblem) -> Values:
     return np.ascontiguousarray(np.moveaxis(values, 1, 2))
 
 
-def _forward_numbers(machine: Machine) -> dict[str, Values]:
-    problem, lse = machine.problem, machine.arrays["lse"].values
-    assert lse is not None
-    return {
-        "out": _head_minor(machine.arrays["out"], problem),
-        "lse": lse.reshape(problem.batch, problem.heads, problem.q_len),
+def _forward_numbers(request: _Request, machine: Machine) -> dict[str, Any]:
+    results = {name: _user_layout(machine.arrays[name], request.problem) for name in ("out", "lse")}
+    saved = {
+        name: results[name] if name in results else _user_layout(machine.arrays[name], request.problem)
+        for name in _saved_arrays(request)
     }
+    return {**results, "saved": saved}
 
 
 def _backward_numbers(machine: Machine) -> dict[str, Values]:

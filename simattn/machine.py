@@ -16,6 +16,7 @@ What is charged
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -502,16 +503,18 @@ class Machine:
             self._assign(array, rows, columns, self._read(tile))
 
     def reduce(self, tile: Tile, array: Array, rows: Rows | None = None, columns: Rows | None = None) -> None:
-        """Add a tile to an array in place, as a reduction sent to memory does."""
+        """Add a tile to an array in place, as a reduction sent to memory does; blocks and heads ascending."""
         self._charge_read(tile)
         self._charge_hbm(array.name, "hbm_reduce_bytes", self._stored_bytes(tile, array))
         if self.arithmetic is not None:
-            view, values = self._view(array, rows, columns), self._read(tile)
+            total, parts = self._view(array, rows, columns), [self._read(tile)]
             if not self._is_stacked(rows, columns):
-                values = values.sum(axis=1, keepdims=True)
+                parts = _slices(parts, axis=1)
             if array.heads == "kv":
-                values = values.sum(axis=2, keepdims=True)
-            self._assign(array, rows, columns, view + values)
+                parts = _slices(parts, axis=2)
+            for part in parts:  # one by one, so that the order of the sum is known
+                total = total + part
+            self._assign(array, rows, columns, total)
 
     def _stored_bytes(self, tile: Tile, array: Array) -> int:
         return tile.rows * tile.columns * ITEM_BYTES[array.dtype]
@@ -686,6 +689,17 @@ class Machine:
                 values = values * self._read(descale)
             self._set_product(tile, values, into)
         return tile
+
+    def scale_scores(self, tile: Tile, *, descales: tuple[Tile, ...] = ()) -> None:
+        """Multiply q kᵀ by the scale and the descale factors."""
+        self._operate(
+            reads=(tile, *descales),
+            writes=(tile,),
+            vector_flops=tile.rows * tile.columns * (1 + len(descales)),
+        )
+        if self.arithmetic is not None:
+            factors = (self.arithmetic.score_factor(self.problem.scale), *map(self._read, descales))
+            self._update(tile, lambda present: math.prod(factors, start=present))
 
     def matmul(
         self,
@@ -882,6 +896,11 @@ def _selection(blocks: npt.NDArray[np.intp], count: int) -> slice | npt.NDArray[
     if last - first + 1 != len(blocks):
         return blocks
     return None if len(blocks) == count else slice(first, last + 1)
+
+
+def _slices(parts: list[Values], axis: int) -> list[Values]:
+    """Cut arrays into slices of length 1 along an axis, ascending."""
+    return [piece for part in parts for piece in np.split(part, part.shape[axis], axis=axis)]
 
 
 def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:

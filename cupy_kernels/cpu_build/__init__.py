@@ -25,11 +25,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cupy_kernels.parameters import FLASH2_COUNTERS, Flash2Forward, flash2_parameters, traffic_of
-from simattn.arithmetic.formats import numpy_dtype
-from simattn.plan import Plan
-from simattn.problem import AttentionProblem
-from simattn.traffic import Traffic
+from cupy_kernels.compiler import Variant
+from cupy_kernels.parameters import parameters
+from cupy_kernels.program import Array, Kernel, Program, Step
+from simattn.traffic import ArrayTraffic, Traffic
 
 Order = Literal["forward", "reverse", "random"]
 Copies = Literal["early", "late"]
@@ -98,8 +97,8 @@ def _compiler_flags(path: str) -> tuple[tuple[str, ...], str]:
     return tuple(flags), version
 
 
-def build_flash2_forward(kernel: Flash2Forward, kernels: Path = KERNELS) -> Path:
-    """Compile a build of the forward kernel, or find it compiled; return the shared library.
+def build(kernel: Kernel, kernels: Path = KERNELS) -> Path:
+    """Compile a kernel, instrumented, or find it compiled; return the shared library.
 
     Parameters
     ----------
@@ -108,12 +107,12 @@ def build_flash2_forward(kernel: Flash2Forward, kernels: Path = KERNELS) -> Path
     kernels
         Directory of the kernels' source.
     """
-    macros = {
-        **kernel.macros(count_traffic=True),
-        "KERNEL_FILE": '"flash2.cu"',
-        "KERNEL": "flash2_forward",
-        "PARAMETERS": "Flash2Parameters",
-    }
+    return build_variant(kernel.variant(count_traffic=True), kernels)
+
+
+def build_variant(variant: Variant, kernels: Path = KERNELS) -> Path:
+    """Do as :func:`build` for what a launch names."""
+    macros = {**dict(variant.macros), "KERNEL_FILE": f'"{variant.source}"', "KERNEL": variant.function}
     return _build(kernels, macros)
 
 
@@ -148,6 +147,10 @@ def _build(kernels: Path, macros: Mapping[str, str]) -> Path:
     return library
 
 
+ACCESS_BITS = {"r": 1, "w": 2, "a": 4}
+"""``cpu::Access``."""
+
+
 class ArrayRecord(ctypes.Structure):
     """``cpu::Array``."""
 
@@ -158,71 +161,76 @@ class ArrayRecord(ctypes.Structure):
         ("strides", ctypes.c_longlong * 3),
         ("row_bytes", ctypes.c_longlong),
         ("written", ctypes.c_void_p),
+        ("access", ctypes.c_int),
     ]
 
 
 @dataclass
 class _GlobalArray:
-    """An array in the kernel's global memory: rows with gaps of NaN between them.
+    """An array in the kernels' global memory: rows with gaps of NaN between them.
 
-    ``values`` has three axes of rows, as ordered in memory, and one of columns.
+    ``stored`` has the axes (batch, heads, rows, columns), or (batch, rows, heads, columns) for a matrix.
     """
 
-    name: str
-    values: Values
-    written: npt.NDArray[np.uint8] | None
+    array: Array
+    stored: Values
+    nbytes: int
 
     @classmethod
-    def of_shape(cls, name: str, shape: Sequence[int], dtype: np.dtype[Any], *, output: bool) -> _GlobalArray:
-        strides, step = [dtype.itemsize], shape[-1] * dtype.itemsize
+    def made_for(cls, array: Array) -> _GlobalArray:
+        """Make the memory, all of it NaN."""
+        shape = array.shape if array.kind != "statistic" else (*array.shape, 1)
+        item = array.numpy_dtype.itemsize
+        strides, step = [item], array.row_elements * item
         for extent in reversed(shape[:-1]):
-            # A single number per row is not padded: the statistics are adjacent.
-            step += 0 if shape[-1] == 1 else GAP_BYTES
+            # A single number per row is not padded: statistics are adjacent.
+            step += 0 if array.kind == "statistic" else GAP_BYTES
             strides.insert(0, step)
             step *= max(1, extent)
         memory = np.full(step + 256, 0xFF, np.uint8)
         start = -memory.ctypes.data % 256
-        values = np.ndarray(tuple(shape), dtype, memory[start:].data, 0, tuple(strides))
-        return cls(name, values, np.zeros(step, np.uint8) if output else None)
+        return cls(array, np.ndarray(shape, array.numpy_dtype, memory[start:].data, 0, tuple(strides)), step)
 
-    @classmethod
-    def holding(cls, name: str, values: Values) -> _GlobalArray:
-        made = cls.of_shape(name, values.shape, values.dtype, output=False)
-        made.values[...] = values
-        return made
+    @property
+    def values(self) -> Values:
+        """The values in the shape in which callers see them."""
+        return self.stored[..., 0] if self.array.kind == "statistic" else self.stored
 
     @property
     def address(self) -> int:
-        return int(self.values.ctypes.data)
+        return int(self.stored.ctypes.data)
 
     @property
     def element_strides(self) -> tuple[int, int, int]:
-        batch, row, head = (stride // self.values.itemsize for stride in self.values.strides[:3])
-        return batch, row, head
+        """Elements between batch entries, rows and heads."""
+        first, second, third = (stride // self.stored.itemsize for stride in self.stored.strides[:3])
+        return (first, second, third) if self.array.kind == "matrix" else (first, third, second)
 
-    def record(self) -> ArrayRecord:
+    def record(self, name: str, access: str, written: npt.NDArray[np.uint8] | None) -> ArrayRecord:
+        """Return how the kernel's watcher knows it."""
         return ArrayRecord(
-            self.name.encode(),
+            name.encode(),
             self.address,
-            (ctypes.c_longlong * 3)(*self.values.shape[:3]),
-            (ctypes.c_longlong * 3)(*self.values.strides[:3]),
-            self.values.shape[3] * self.values.itemsize,
-            None if self.written is None else self.written.ctypes.data,
+            (ctypes.c_longlong * 3)(*self.stored.shape[:3]),
+            (ctypes.c_longlong * 3)(*self.stored.strides[:3]),
+            self.stored.shape[3] * self.stored.itemsize,
+            None if written is None else written.ctypes.data,
+            sum(ACCESS_BITS[letter] for letter in access),
         )
 
-    def check_written(self) -> None:
-        assert self.written is not None
+    def check_written(self, written: npt.NDArray[np.uint8]) -> None:
+        """Raise unless every byte of every row was written."""
         flags = np.ndarray(
-            (*self.values.shape[:3], self.values.shape[3] * self.values.itemsize),
+            (*self.stored.shape[:3], self.stored.shape[3] * self.stored.itemsize),
             np.uint8,
-            self.written.data,
+            written.data,
             0,
-            (*self.values.strides[:3], 1),
+            (*self.stored.strides[:3], 1),
         )
         if not flags.all():
             missing = tuple(int(index) for index in np.argwhere(flags == 0)[0])
             raise KernelFaultError(
-                f"{self.name} is not written everywhere, first at row {missing[:3]}, byte {missing[3]}"
+                f"{self.array.name} is not written everywhere, first at row {missing[:3]}, byte {missing[3]}"
             )
 
 
@@ -247,28 +255,24 @@ def loaded(library: Path) -> Any:
     return launch
 
 
-def run_flash2_forward(
-    problem: AttentionProblem,
-    q: Values,
-    k: Values,
-    v: Values,
+def run_program(
+    program: Program,
+    given: Mapping[str, Values],
     *,
-    plan: Plan,
     order: Order = "forward",
     copies: Copies = "early",
     seed: int = 0,
     kernels: Path = KERNELS,
-) -> tuple[Values, Values, Traffic]:
-    """Run the instrumented forward kernel of FlashAttention-2 on the CPU.
+) -> tuple[dict[str, Values], Traffic]:
+    """Run a program on the CPU, every kernel in its instrumented build.
 
     Parameters
     ----------
-    problem
-        Shapes, storage, scale and mask.
-    q, k, v
-        Arrays of shape (batch, length, heads, columns) in the storage format.
-    plan
-        Its tiles fix the bits and the bytes.
+    program
+        The launches.
+    given
+        The program's input arrays by name, as callers see them: matrices of shape (batch, length, heads, columns),
+        statistics (batch, heads, q_len), squares (batch, heads, q_len, kv_len).
     order
         In which the threads of a block, and the blocks, run between barriers.
     copies
@@ -280,70 +284,84 @@ def run_flash2_forward(
 
     Returns
     -------
-    out
-        Shape (batch, q_len, heads, value_dim), in the storage format.
-    lse
-        Natural log-sum-exp, float32, shape (batch, heads, q_len).
+    arrays
+        Every other array of the program by name.
     traffic
-        Bytes that the kernel counted.
+        Bytes that the kernels counted.
 
     Raises
     ------
     ValueError
-        If an argument is out of range or the kernel does not take the problem.
+        If an argument is out of range.
     KernelFaultError
-        If the kernel did what it must not.
+        If a kernel did what it must not.
     CompilerNotFoundError
         If no C++ compiler is present.
     """
     if order not in ORDERS or copies not in COPIES:
         raise ValueError(f"order={order!r} and copies={copies!r}: expected one of {ORDERS} and one of {COPIES}")
-    kernel = Flash2Forward.of(problem, plan)
-    inputs = _checked_inputs(problem, q, k, v)
-    out_shape = (problem.batch, problem.q_len, problem.heads, problem.value_dim)
-    out = _GlobalArray.of_shape("out", out_shape, numpy_dtype(problem.dtype), output=True)
-    lse_shape = (problem.batch, problem.heads, problem.q_len, 1)
-    lse = _GlobalArray.of_shape("lse", lse_shape, np.dtype(np.float32), output=True)
-    counters = np.zeros(len(FLASH2_COUNTERS), np.uint64)
-    arrays = [*inputs, out, lse]
-    parameters = flash2_parameters(
-        problem,
-        {array.name: array.address for array in arrays} | {"counters": counters.ctypes.data},
-        {array.name: array.element_strides for array in arrays if array is not lse},
-    )
-    grid = kernel.grid(problem)
-    if grid:
-        launch = loaded(build_flash2_forward(kernel, kernels))
-        message = ctypes.create_string_buffer(512)
-        with _launch_lock:
-            succeeded = launch(
-                parameters.ctypes.data,
-                grid,
-                kernel.threads,
-                kernel.shared_bytes,
-                (ArrayRecord * len(arrays))(*(array.record() for array in arrays)),
-                len(arrays),
-                ORDERS.index(order),
-                COPIES.index(copies),
-                seed,
-                message,
-                len(message),
+    memory = {array.name: _GlobalArray.made_for(array) for array in program.arrays}
+    for array in program.with_role("input"):
+        values = given[array.name]
+        if values.shape != array.shape or values.dtype != array.numpy_dtype:
+            raise ValueError(
+                f"{array.name} has shape {values.shape} and dtype {values.dtype}: expected {array.shape} and "
+                f"{array.numpy_dtype}"
             )
-        if not succeeded:
-            raise KernelFaultError(message.value.decode())
-        out.check_written()
-        lse.check_written()
-    return out.values.copy(), lse.values[..., 0].copy(), traffic_of(counters)
+        memory[array.name].values[...] = values
+    traffic = Traffic()
+    for step in program.steps:
+        traffic = traffic + _run_step(program, step, memory, order, copies, seed, kernels)
+    results = {name: made.values.copy() for name, made in memory.items() if made.array.role != "input"}
+    return results, traffic
 
 
-def _checked_inputs(problem: AttentionProblem, q: Values, k: Values, v: Values) -> list[_GlobalArray]:
-    shapes = {
-        "q": (problem.batch, problem.q_len, problem.heads, problem.head_dim),
-        "k": (problem.batch, problem.kv_len, problem.kv_heads, problem.head_dim),
-        "v": (problem.batch, problem.kv_len, problem.kv_heads, problem.value_dim),
-    }
-    stored = numpy_dtype(problem.dtype)
-    for (name, shape), values in zip(shapes.items(), (q, k, v), strict=True):
-        if values.shape != shape or values.dtype != stored:
-            raise ValueError(f"{name} has shape {values.shape} and dtype {values.dtype}: expected {shape} and {stored}")
-    return [_GlobalArray.holding(name, values) for name, values in zip(shapes, (q, k, v), strict=True)]
+def _run_step(
+    program: Program,
+    step: Step,
+    memory: Mapping[str, _GlobalArray],
+    order: Order,
+    copies: Copies,
+    seed: int,
+    kernels: Path,
+) -> Traffic:
+    """Run one launch and return what it counted."""
+    kernel, held = step.kernel, [memory[name] for name in step.arrays]
+    strides = {name: array.element_strides for name, array in zip(kernel.names, held, strict=True)}
+    filled = parameters(kernel.names, program.problem, step.operand, strides)
+    counters = np.zeros(len(step.counters), np.uint64)
+    filled["counters"] = counters.ctypes.data
+    records, flags = [], []
+    for (name, access), array in zip(kernel.accesses, held, strict=True):
+        filled[name] = array.address
+        flags.append(np.zeros(array.nbytes, np.uint8) if "w" in access else None)
+        records.append(array.record(array.array.name, access, flags[-1]))
+    launch, message = loaded(build(kernel, kernels)), ctypes.create_string_buffer(512)
+    with _launch_lock:
+        succeeded = launch(
+            filled.ctypes.data,
+            step.blocks,
+            kernel.threads,
+            kernel.shared_bytes,
+            (ArrayRecord * len(records))(*records),
+            len(records),
+            ORDERS.index(order),
+            COPIES.index(copies),
+            seed,
+            message,
+            len(message),
+        )
+    if not succeeded:
+        raise KernelFaultError(f"{kernel.function}: {message.value.decode()}")
+    for (_, access), array, written in zip(kernel.accesses, held, flags, strict=True):
+        if access == "w" and written is not None:
+            array.check_written(written)
+    return counted_traffic(step, counters)
+
+
+def counted_traffic(step: Step, counters: npt.NDArray[np.uint64]) -> Traffic:
+    """Return the traffic that an instrumented kernel counted."""
+    total = Traffic()
+    for (array, counter), number in zip(step.counters, counters.tolist(), strict=True):
+        total = total + Traffic({array: ArrayTraffic(**{counter: number})})
+    return total

@@ -75,13 +75,16 @@ constexpr unsigned char POISON = 0xff;  // NaN in every format
 enum class Order { forward, reverse, random };
 enum class Copies { early, late };
 
+enum Access { READ = 1, WRITE = 2, ADD = 4 };
+
 // A matrix of `extents` rows in global memory, and the bytes between them along each axis, the largest first.
 struct Array {
   const char* name;
   char* base;
   long long extents[3], strides[3];
   long long row_bytes;
-  unsigned char* written;  // one flag per byte from the base on; null where the array is only read
+  unsigned char* written;  // one flag per byte from the base on; null where the array is not written
+  int access;              // what the kernel may do to it
 };
 
 struct Copy {
@@ -193,19 +196,32 @@ inline const Array& checked_access(const void* address, int bytes, const char* w
 
 inline void check_read(const void* address, int bytes) {
   const Array& array = checked_access(address, bytes, "read");
-  if (array.written) fail("read of %s, which is only written", array.name);
+  if (!(array.access & READ)) fail("read of %s, which is only written", array.name);
+  if (array.access & WRITE) fail("read of %s past the cache that its writes go to", array.name);
+}
+
+inline void check_reload(const void* address, int bytes) {
+  const Array& array = checked_access(address, bytes, "read");
+  if (!(array.access & READ)) fail("read of %s, which is only written", array.name);
 }
 
 inline void check_write(const void* address, int bytes) {
   const Array& array = checked_access(address, bytes, "write");
-  if (!array.written) fail("write to %s, which is only read", array.name);
+  if (!(array.access & WRITE)) fail("write to %s, which is only read", array.name);
   unsigned char* flags = array.written + (static_cast<const char*>(address) - array.base);
   for (int i = 0; i < bytes; i++) {
-    if (flags[i]++) {
+    const bool again = flags[i];
+    flags[i] = 1;
+    if (again && !(array.access & READ)) {
       const long long distance = flags - array.written;
       fail("%s is written twice, %lld bytes after its start", array.name, distance);
     }
   }
+}
+
+inline void check_add(const void* address, int bytes) {
+  const Array& array = checked_access(address, bytes, "addition");
+  if (!(array.access & ADD)) fail("addition to %s, which is not added to", array.name);
 }
 
 // Barriers and warps
@@ -358,7 +374,10 @@ inline void run_block(Order order) {
 
 inline float* shared_memory() { return reinterpret_cast<float*>(cpu::block.shared.data()); }
 
-inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
+inline float maximum(float a, float b) {
+  if (a == b) return __uint_as_float(__float_as_uint(a) & __float_as_uint(b));  // +0 is larger than -0
+  return a != a || a > b ? a : b;
+}
 
 inline float shuffle_xor(float value, int distance) { return cpu::warp_operation(value, distance); }
 
@@ -375,12 +394,22 @@ inline void wait_for_copies() {
   cpu::wait(PENDING);
 }
 
-inline Two load_8_bytes(const void* from) {
-  cpu::check_read(from, 8);
-  Two words;
-  memcpy(&words, from, 8);
-  return words;
+// Copy a number of type T from global memory.
+template <class T, void (*CHECK)(const void*, int) = cpu::check_read>
+inline T load_as(const void* from) {
+  CHECK(from, sizeof(T));
+  T loaded;
+  memcpy(&loaded, from, sizeof(T));
+  return loaded;
 }
+
+inline unsigned short load_2_bytes(const void* from) { return load_as<unsigned short>(from); }
+inline unsigned load_4_bytes(const void* from) { return load_as<unsigned>(from); }
+inline Two load_8_bytes(const void* from) { return load_as<Two>(from); }
+inline Four load_16_bytes(const void* from) { return load_as<Four>(from); }
+inline unsigned reload_4_bytes(const void* from) { return load_as<unsigned, cpu::check_reload>(from); }
+inline Two reload_8_bytes(const void* from) { return load_as<Two, cpu::check_reload>(from); }
+inline Four reload_16_bytes(const void* from) { return load_as<Four, cpu::check_reload>(from); }
 
 inline void store_16_bytes(void* to, Four words) {
   cpu::check_write(to, 16);
@@ -395,6 +424,21 @@ inline void store_8_bytes(void* to, Two words) {
 inline void store_4_bytes(void* to, unsigned word) {
   cpu::check_write(to, 4);
   memcpy(to, &word, 4);
+}
+
+inline void store_2_bytes(void* to, unsigned short word) {
+  cpu::check_write(to, 2);
+  memcpy(to, &word, 2);
+}
+
+inline void add_float(float* to, float value) {
+  cpu::check_add(to, 4);
+  *to += value;
+}
+
+inline void add_4_floats(float* to, float4 values) {
+  cpu::check_add(to, 16);
+  to[0] += values.x, to[1] += values.y, to[2] += values.z, to[3] += values.w;
 }
 
 inline void add_to_counter(unsigned long long* counter, unsigned long long amount) { *counter += amount; }

@@ -1,7 +1,12 @@
-// One kernel as a function that ctypes can call. The build defines KERNEL_FILE, KERNEL and PARAMETERS.
+// One kernel as a function that ctypes can call. The build defines KERNEL_FILE and KERNEL.
 #include "cpu_device.h"
 
 #include KERNEL_FILE
+
+template <class Parameters>
+void run_kernel(void (*kernel)(Parameters), const void* parameters) {
+  kernel(*static_cast<const Parameters*>(parameters));
+}
 
 // Run the kernel; returns whether all went well, and otherwise writes what did not to `message`.
 extern "C" int launch(
@@ -21,7 +26,7 @@ extern "C" int launch(
   cpu::block.copies = static_cast<cpu::Copies>(copies);
   cpu::block.random_state = seed * 2 + 1;
   cpu::block.arrays = arrays, cpu::block.array_count = array_count;
-  cpu::block.kernel = [](const void* from) { KERNEL(*static_cast<const PARAMETERS*>(from)); };
+  cpu::block.kernel = [](const void* from) { run_kernel(KERNEL, from); };
   cpu::block.parameters = parameters;
   for (int index : cpu::permutation(blocks, static_cast<cpu::Order>(order))) {
     cpu::block.index = {static_cast<unsigned>(index), 0, 0};

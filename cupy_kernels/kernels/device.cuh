@@ -23,13 +23,14 @@ DEVICE float* shared_memory() {
   return reinterpret_cast<float*>(bytes_of_the_block);
 }
 
-// The larger operand; NaN if either is NaN.
+// The larger operand, +0 of zeros; NaN if either is NaN.
 DEVICE float maximum(float a, float b) {
 #if __CUDA_ARCH__ >= 800
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
   return larger;
 #else
+  if (a == b) return __uint_as_float(__float_as_uint(a) & __float_as_uint(b));
   return a != a || a > b ? a : b;
 #endif
 }
@@ -65,9 +66,34 @@ DEVICE void wait_for_copies() {
 #endif
 }
 
+// Loads of what no thread writes during the launch.
+
+DEVICE unsigned short load_2_bytes(const void* from) { return __ldg(static_cast<const unsigned short*>(from)); }
+
+DEVICE unsigned load_4_bytes(const void* from) { return __ldg(static_cast<const unsigned*>(from)); }
+
 DEVICE Two load_8_bytes(const void* from) {
   const uint2 loaded = __ldg(static_cast<const uint2*>(from));
   return {loaded.x, loaded.y};
+}
+
+DEVICE Four load_16_bytes(const void* from) {
+  const uint4 loaded = __ldg(static_cast<const uint4*>(from));
+  return {loaded.x, loaded.y, loaded.z, loaded.w};
+}
+
+// Loads of what this thread block has written before its last barrier.
+
+DEVICE unsigned reload_4_bytes(const void* from) { return *static_cast<const unsigned*>(from); }
+
+DEVICE Two reload_8_bytes(const void* from) {
+  const uint2 loaded = *static_cast<const uint2*>(from);
+  return {loaded.x, loaded.y};
+}
+
+DEVICE Four reload_16_bytes(const void* from) {
+  const uint4 loaded = *static_cast<const uint4*>(from);
+  return {loaded.x, loaded.y, loaded.z, loaded.w};
 }
 
 DEVICE void store_16_bytes(void* to, Four words) {
@@ -77,6 +103,24 @@ DEVICE void store_16_bytes(void* to, Four words) {
 DEVICE void store_8_bytes(void* to, Two words) { *static_cast<uint2*>(to) = make_uint2(words.x, words.y); }
 
 DEVICE void store_4_bytes(void* to, unsigned word) { *static_cast<unsigned*>(to) = word; }
+
+DEVICE void store_2_bytes(void* to, unsigned short word) { *static_cast<unsigned short*>(to) = word; }
+
+// Add to a number in global memory, in no fixed order among threads.
+DEVICE void add_float(float* to, float value) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+
+// The same for four adjacent ones, 16-byte aligned.
+DEVICE void add_4_floats(float* to, float4 values) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(values.x), "f"(values.y), "f"(values.z),
+               "f"(values.w)
+               : "memory");
+#else
+  add_float(to, values.x), add_float(to + 1, values.y), add_float(to + 2, values.z), add_float(to + 3, values.w);
+#endif
+}
 
 DEVICE void add_to_counter(unsigned long long* counter, unsigned long long amount) { atomicAdd(counter, amount); }
 

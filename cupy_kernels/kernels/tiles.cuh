@@ -4,10 +4,7 @@
 
 #include "arithmetic.cuh"
 #include "counters.cuh"
-
-struct Strides {
-  long long batch, row, head;  // in elements; the columns of a row are adjacent
-};
+#include "problem.cuh"
 
 DEVICE float4 load_4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 
@@ -39,8 +36,8 @@ DEVICE void start_load_4(float* tile, int offset, const Stored* from, ByteCounte
   store_4(tile + offset, make_float4(low.x, low.y, high.x, high.y));
 }
 
-// How the threads of a block share a tile that is copied: up to 8 vectors of four columns across, so that they read 128
-// adjacent bytes of float32, and rows down.
+// How the threads of a block, or of each of its warps, share a tile that is copied: up to 8 vectors of four columns
+// across, so that they read 128 adjacent bytes of float32, and rows down.
 template <int TILE_ROWS, int TILE_COLUMNS, int STRIDE, int THREADS>
 struct TileCopy {
   static constexpr int ACROSS = TILE_COLUMNS / 4 < 8 ? TILE_COLUMNS / 4 : 8;
@@ -56,7 +53,8 @@ struct TileCopy {
   DEVICE static void start_part(
       float* tile, const Stored* matrix, long long row_stride, int rows, int columns, unsigned long long* total) {
     ByteCounter counter(total);
-    const int first_row = threadIdx.x / ACROSS, first_column = threadIdx.x % ACROSS * 4;
+    const int thread = threadIdx.x % THREADS;
+    const int first_row = thread / ACROSS, first_column = thread % ACROSS * 4;
     const Stored* from = matrix + first_row * row_stride + first_column;
     const int to = first_row * STRIDE + first_column;
 #pragma unroll ROWS_AT_ONCE
@@ -112,4 +110,95 @@ DEVICE void store_vector(Stored* to, const float (&values)[WIDTH], ByteCounter& 
 DEVICE void store_number(float* to, float value, ByteCounter& counter) {
   counter.add(4);
   store_4_bytes(to, bits_of_float(value));
+}
+
+DEVICE float load_number(const float* from, ByteCounter& counter) {
+  counter.add(4);
+  return float_of_bits(load_4_bytes(from));
+}
+
+// Load adjacent columns into registers.
+DEVICE void fetch_vector(float (&values)[4], const float32* from, ByteCounter& counter) {
+  counter.add(16);
+  const Four words = load_16_bytes(from);
+  values[0] = float_of_bits(words.x), values[1] = float_of_bits(words.y);
+  values[2] = float_of_bits(words.z), values[3] = float_of_bits(words.w);
+}
+
+template <class Stored>
+DEVICE void fetch_vector(float (&values)[4], const Stored* from, ByteCounter& counter) {
+  counter.add(8);
+  const Two words = load_8_bytes(from);
+  const float2 low = unpacked<Stored>(words.x), high = unpacked<Stored>(words.y);
+  values[0] = low.x, values[1] = low.y, values[2] = high.x, values[3] = high.y;
+}
+
+// The same for one number of any format.
+template <class Stored>
+DEVICE float load_number(const Stored* from, ByteCounter& counter) {
+  counter.add(2);
+  return to_float(Stored{load_2_bytes(from)});
+}
+
+template <class Stored>
+DEVICE void store_number(Stored* to, float value, ByteCounter& counter) {
+  counter.add(2);
+  store_2_bytes(to, rounded<Stored>(value).bits);
+}
+
+// Load adjacent columns of what this block has written into registers.
+template <int WIDTH>
+DEVICE void reload_vector(float (&values)[WIDTH], const float32* from, ByteCounter& counter) {
+  counter.add(4 * WIDTH);
+  if constexpr (WIDTH == 4) {
+    const Four words = reload_16_bytes(from);
+    values[0] = float_of_bits(words.x), values[1] = float_of_bits(words.y);
+    values[2] = float_of_bits(words.z), values[3] = float_of_bits(words.w);
+  } else {
+    const Two words = reload_8_bytes(from);
+    values[0] = float_of_bits(words.x), values[1] = float_of_bits(words.y);
+  }
+}
+
+template <int WIDTH, class Stored>
+DEVICE void reload_vector(float (&values)[WIDTH], const Stored* from, ByteCounter& counter) {
+  counter.add(2 * WIDTH);
+  Two words = {};
+  if constexpr (WIDTH == 4) {
+    words = reload_8_bytes(from);
+    const float2 high = unpacked<Stored>(words.y);
+    values[2] = high.x, values[3] = high.y;
+  } else {
+    words.x = reload_4_bytes(from);
+  }
+  const float2 low = unpacked<Stored>(words.x);
+  values[0] = low.x, values[1] = low.y;
+}
+
+// A number that several lanes load together from what this block has written; one of them counts it.
+DEVICE float reload_number(const float* from, bool counts, ByteCounter& counter) {
+  if (counts) counter.add(4);
+  return float_of_bits(reload_4_bytes(from));
+}
+
+DEVICE void add_vector(float* to, const float (&values)[4], ByteCounter& counter) {
+  counter.add(16);
+  add_4_floats(to, make_float4(values[0], values[1], values[2], values[3]));
+}
+
+// Load or store those of four adjacent columns of which a row has `columns` left; what is not loaded is `rest`.
+template <class Stored>
+DEVICE void fetch_columns(float (&values)[4], const Stored* from, int columns, float rest, ByteCounter& counter) {
+  if (columns >= 4) return fetch_vector(values, from, counter);
+#pragma unroll
+  for (int i = 0; i < 4; i++) values[i] = i < columns ? load_number(from + i, counter) : rest;
+}
+
+template <class Stored>
+DEVICE void store_columns(Stored* to, const float (&values)[4], int columns, ByteCounter& counter) {
+  if (columns >= 4) return store_vector(to, values, counter);
+#pragma unroll
+  for (int i = 0; i < 3; i++) {
+    if (i < columns) store_number(to + i, values[i], counter);
+  }
 }

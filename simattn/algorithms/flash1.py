@@ -112,7 +112,7 @@ def forward(machine: Machine, problem: AttentionProblem, plan: Flash1Plan) -> No
 
 
 def declare_saved(machine: Machine, problem: AttentionProblem, plan: Plan) -> None:
-    """Declare what the forward pass saves: the output, the row maxima and the row sums."""
+    """Declare what the forward pass saves: the output, the row maxima (in units of log₂ if "simt") and the row sums."""
     machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="saved")
     machine.array("row_max", problem.q_len, 1, role="saved")
     machine.array("row_sum", problem.q_len, 1, role="saved")
@@ -246,5 +246,6 @@ ALGORITHM = Algorithm(
     paper_tiles=flash2.paper_tiles,
     fit_tiles=fit_tiles,
     gpu_tiles=gpu_tiles,
+    exact_arithmetics={"forward": ("simt",), "backward": ("simt",)},
     declare_saved=declare_saved,
 )

@@ -45,7 +45,8 @@ class Flash2Plan(Plan):
     dq
         How the backward pass sums dQ over key tiles: "reduce" (fp32 reduction into memory, then a conversion),
         "load_add_store" (the paper's Algorithm 2: key tiles in order, dQ read, added to and written back) or
-        "deterministic" (a second kernel over query tiles, which recomputes the scores).
+        "deterministic" (a second kernel over query tiles, which recomputes the scores). The order in which "reduce"
+        adds is ascending when simulated and any order on a GPU.
     stages
         Buffers of the tiles that the inner loop streams in.
     stage_probabilities
@@ -290,5 +291,5 @@ ALGORITHM = Algorithm(
     paper_tiles=paper_tiles,
     fit_tiles=fit_tiles,
     gpu_tiles=gpu_tiles,
-    exact_arithmetics={"forward": ("simt",)},
+    exact_arithmetics={"forward": ("simt",), "backward": ("simt",)},
 )

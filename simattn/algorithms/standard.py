@@ -120,11 +120,10 @@ def square_kernel(
                 rows = machine.load(left, query_rows, columns)
                 keys = machine.load(right, key_rows, columns)
                 # compute
-                if are_scores:
-                    machine.scores(rows, keys, place=place, descales=factors, into=tile)
-                else:
-                    machine.matmul(rows, keys, place=place, transpose_b=True, into=tile)
+                machine.matmul(rows, keys, place=place, transpose_b=True, into=tile)
             # finish
+            if are_scores:
+                machine.scale_scores(tile, descales=factors)
             machine.store(tile, result, query_rows, key_rows)
 
 
@@ -384,6 +383,7 @@ ALGORITHM = Algorithm(
     fit_tiles=cubic_tiles,
     gpu_tiles=gpu_tiles,
     chunks_columns=True,
+    exact_arithmetics={"forward": ("simt",), "backward": ("simt",)},
     declare_saved=declare_saved,
     complete_plan=complete_plan,
 )

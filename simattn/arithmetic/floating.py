@@ -39,9 +39,13 @@ class FloatArithmetic:
         """NumPy type of on-chip values."""
         return np.dtype(self.name)
 
+    def score_factor(self, scale: float) -> Any:
+        """Return the number that turns q kᵀ into scores, in the units that the exponentials take."""
+        return self.dtype.type(scale)
+
     def scores(self, q: Values, k: Values, scale: float) -> Values:
         """Return scale · q kᵀ; the scale goes to the smaller operand."""
-        factor = self.dtype.type(scale)
+        factor = self.score_factor(scale)
         if k.size > q.size:
             return self.matmul(q * factor, k.swapaxes(-1, -2))
         k = k * factor

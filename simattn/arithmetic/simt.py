@@ -1,7 +1,8 @@
 """The arithmetic of the CUDA-core kernels, bit for bit: fp32, one rounding per operation, in the kernels' order.
 
 Products are chains of fused multiply-adds in ascending order of the contracted index. Hidden elements take no part in
-a chain. Scores are kept in units of log₂: scale · log₂e is multiplied in once, and exponentials are base two.
+a chain. Scores and row maxima are kept in units of log₂: scale · log₂e is multiplied in once, and exponentials are base
+two. The log-sum-exp is natural.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from simattn.arithmetic import simt_loops
 from simattn.arithmetic.floating import FloatArithmetic, HiddenElements, Values, finite_maximum
@@ -19,6 +21,7 @@ ROW_SUM_LANES = 16
 """Lanes that share a row: lane x adds the columns x, x + 16, … and the lanes are added pairwise, 8 apart first."""
 
 LN2 = np.float32(math.log(2.0))
+LOG2_E = np.float32(math.log2(math.e))
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,15 @@ class SimtArithmetic(FloatArithmetic):
         """NumPy type of on-chip values."""
         return np.dtype(np.float32)
 
+    def score_factor(self, scale: float) -> Any:
+        """Return scale · log₂e."""
+        return np.float32(scale * math.log2(math.e))
+
     def scores(self, q: Values, k: Values, scale: float) -> Values:
         """Return (scale · log₂e) · q kᵀ."""
-        return self.matmul(q, k.swapaxes(-1, -2)) * np.float32(scale * math.log2(math.e))
+        scores = self.matmul(q, k.swapaxes(-1, -2))
+        np.multiply(scores, self.score_factor(scale), out=scores)
+        return scores
 
     def matmul(self, a: Values, b: Values) -> Values:
         """Return a b."""
@@ -43,26 +52,29 @@ class SimtArithmetic(FloatArithmetic):
 
     def product(self, a: Values, b: Values, hidden: HiddenElements) -> Values:
         """Return a b, every element one chain of fused multiply-adds that starts at +0."""
-        return self.accumulate(np.zeros(1, np.float32), a, b, hidden)
-
-    def accumulate(self, into: Values, a: Values, b: Values, hidden: HiddenElements) -> Values:
-        """Return into + a b, every element one chain of fused multiply-adds that starts at ``into``."""
-        shape = np.broadcast_shapes(a.shape[:3], b.shape[:3])
-        rows, columns = a.shape[3], b.shape[4]
-        total = np.empty((*shape, rows, columns), np.float32)
-        total[...] = into
-        left = np.ascontiguousarray(np.broadcast_to(a, (*shape, *a.shape[3:]))).reshape(-1, *a.shape[3:])
-        right = np.ascontiguousarray(b).reshape(-1, *b.shape[3:])
-        right_of = np.broadcast_to(np.arange(len(right)).reshape(b.shape[:3]), shape).reshape(-1)
-        if hidden:
-            seen = np.ones((shape[1], rows, a.shape[4]), np.bool_)
-            for position, elements in hidden.items():
-                seen[position] = ~elements
-            seen_of = np.broadcast_to(np.arange(shape[1])[None, :, None], shape).reshape(-1)
-            simt_loops.visible_products(total.reshape(-1, rows, columns), left, right, right_of, seen, seen_of)
-        else:
-            simt_loops.products(total.reshape(-1, rows, columns), left, right, right_of)
+        total = np.zeros((*np.broadcast_shapes(a.shape[:3], b.shape[:3]), a.shape[3], b.shape[4]), np.float32)
+        _add_product(total, a, b, hidden)
         return total
+
+    def accumulate(self, into: Values, a: Values, b: Values, hidden: HiddenElements) -> Values | None:
+        """Continue the chains of ``into`` by those of a b, in place or in the sum that is returned."""
+        shape = (*np.broadcast_shapes(into.shape[:3], a.shape[:3], b.shape[:3]), *into.shape[3:])
+        if shape == into.shape and into.flags.c_contiguous:
+            _add_product(into, a, b, hidden)
+            return None
+        total = np.empty(shape, np.float32)
+        total[...] = into
+        _add_product(total, a, b, hidden)
+        return total
+
+    def row_maximum(self, row_max: Values, scores: Values) -> Values:
+        """Return the running row maximum; of zeros, +0 is the higher."""
+        higher = super().row_maximum(row_max, scores)
+        zero = higher == 0
+        if zero.any():
+            positive = _is_positive_zero(row_max) | _is_positive_zero(scores).any(axis=-1, keepdims=True)
+            higher[zero] = np.where(positive, np.float32(0.0), np.float32(-0.0))[zero]
+        return higher
 
     def correction(self, old_max: Values, new_max: Values) -> Values:
         """Return 2^(old_max − new_max), 0 where no score was seen before."""
@@ -71,20 +83,20 @@ class SimtArithmetic(FloatArithmetic):
 
     def exponential(self, scores: Values, row_max: Values) -> None:
         """Replace scores by 2^(scores − row_max)."""
-        scores[...] = simt_loops.exp2(scores - finite_maximum(row_max))
+        np.subtract(scores, finite_maximum(row_max), out=scores)
+        simt_loops.exp2(scores, out=scores)
+
+    def probabilities(self, scores: Values, log_sum_exp: Values) -> None:
+        """Replace scores by 2^(scores − log_sum_exp · log₂e), the factor multiplied in first."""
+        self.exponential(scores, log_sum_exp * LOG2_E)
 
     def row_sum(self, values: Values) -> Values:
         """Return the sum of each row over lanes."""
-        columns = values.shape[-1]
         lanes = np.zeros((*values.shape[:-1], ROW_SUM_LANES), np.float32)
-        for start in range(0, columns, ROW_SUM_LANES):
+        for start in range(0, values.shape[-1], ROW_SUM_LANES):
             part = values[..., start : start + ROW_SUM_LANES]
             lanes[..., : part.shape[-1]] += part
-        width = ROW_SUM_LANES
-        while width > 1:
-            width //= 2
-            lanes = lanes[..., :width] + lanes[..., width:]
-        return lanes
+        return _sum_of_lanes(lanes)
 
     def updated_row_sum(self, row_sum: Values, factor: Values | None, values: Values) -> Values:
         """Return row_sum · factor + Σ values, fused."""
@@ -93,6 +105,16 @@ class SimtArithmetic(FloatArithmetic):
             return row_sum + added
         total: Values = simt_loops.fused_multiply_add(row_sum, factor, added)
         return total
+
+    def row_dot(self, a: Values, b: Values) -> Values:
+        """Return the dot product of each pair of rows over lanes, each a chain of fused multiply-adds from +0."""
+        shape = np.broadcast_shapes(a.shape, b.shape)
+        lanes = np.zeros((*shape[:-1], ROW_SUM_LANES), np.float32)
+        for start in range(0, shape[-1], ROW_SUM_LANES):
+            columns = slice(start, min(start + ROW_SUM_LANES, shape[-1]))
+            sums = lanes[..., : columns.stop - start]
+            simt_loops.fused_multiply_add(a[..., columns], b[..., columns], sums, out=sums)
+        return _sum_of_lanes(lanes)
 
     def rescale(self, values: Values, factor: Values) -> None:
         """Multiply each row by its factor."""
@@ -103,6 +125,42 @@ class SimtArithmetic(FloatArithmetic):
         lse: Values = (row_max + simt_loops.log2(row_sum)) * LN2
         lse[row_sum == 0] = -np.inf
         return lse
+
+
+def _is_positive_zero(values: Values) -> npt.NDArray[np.bool_]:
+    positive: npt.NDArray[np.bool_] = (values == 0) & ~np.signbit(values)
+    return positive
+
+
+def _sum_of_lanes(lanes: Values) -> Values:
+    """Add the lanes of a row pairwise, 8 apart first."""
+    width = ROW_SUM_LANES
+    while width > 1:
+        width //= 2
+        lanes = lanes[..., :width] + lanes[..., width:]
+    return lanes
+
+
+def _add_product(total: Values, a: Values, b: Values, hidden: HiddenElements) -> None:
+    """Add a b to a contiguous array in place, hidden elements of a left out."""
+    shape, rows, columns = total.shape[:3], *total.shape[3:]
+    left, left_of = _matrices(a, shape)
+    right, right_of = _matrices(b, shape)
+    matrices = total.reshape(-1, rows, columns)
+    if hidden:
+        seen = np.ones((shape[1], rows, a.shape[4]), np.bool_)
+        for position, elements in hidden.items():
+            seen[position] = ~elements
+        seen_of = np.broadcast_to(np.arange(shape[1])[None, :, None], shape).reshape(-1)
+        simt_loops.visible_products(matrices, left, left_of, right, right_of, seen, seen_of)
+    else:
+        simt_loops.products(matrices, left, left_of, right, right_of)
+
+
+def _matrices(values: Values, shape: tuple[int, ...]) -> tuple[Values, Values]:
+    """Return the matrices of a stack one after the other, and which of them each of the broadcast shape is."""
+    matrices = np.ascontiguousarray(values).reshape(-1, *values.shape[3:])
+    return matrices, np.broadcast_to(np.arange(len(matrices)).reshape(values.shape[:3]), shape).reshape(-1)
 
 
 SIMT = SimtArithmetic()

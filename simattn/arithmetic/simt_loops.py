@@ -128,12 +128,12 @@ def fused_multiply_add(a: Any, b: Any, c: Any) -> Any:
 
 
 @numba.njit(parallel=True, cache=True)
-def products(total: Any, left: Any, right: Any, right_of: Any) -> None:
-    """Add left[i] right[right_of[i]] to total[i], ascending along the contracted axis."""
+def products(total: Any, left: Any, left_of: Any, right: Any, right_of: Any) -> None:
+    """Add left[left_of[i]] right[right_of[i]] to total[i], ascending along the contracted axis."""
     rows = total.shape[1]
     for task in numba.prange(total.shape[0] * rows):
         matrix, row = task // rows, task % rows
-        sums, weights, operand = total[matrix, row], left[matrix, row], right[right_of[matrix]]
+        sums, weights, operand = total[matrix, row], left[left_of[matrix], row], right[right_of[matrix]]
         for k in range(weights.shape[0]):
             weight = weights[k]
             for column in range(sums.shape[0]):
@@ -141,12 +141,12 @@ def products(total: Any, left: Any, right: Any, right_of: Any) -> None:
 
 
 @numba.njit(parallel=True, cache=True)
-def visible_products(total: Any, left: Any, right: Any, right_of: Any, seen: Any, seen_of: Any) -> None:
+def visible_products(total: Any, left: Any, left_of: Any, right: Any, right_of: Any, seen: Any, seen_of: Any) -> None:
     """Do as :func:`products`, leaving out the (row, contracted) elements that are not seen."""
     rows = total.shape[1]
     for task in numba.prange(total.shape[0] * rows):
         matrix, row = task // rows, task % rows
-        sums, weights, operand = total[matrix, row], left[matrix, row], right[right_of[matrix]]
+        sums, weights, operand = total[matrix, row], left[left_of[matrix], row], right[right_of[matrix]]
         visible = seen[seen_of[matrix], row]
         for k in range(weights.shape[0]):
             if visible[k]:

@@ -71,6 +71,13 @@ class Memory:
         return self.held.ctypes.data
 
 
+def alloc(size):
+    """Return memory of the pool, which starts where a workspace must."""
+    memory = Memory(size + 256)
+    start = -memory.ptr % 256
+    return types.SimpleNamespace(ptr=memory.ptr + start, mem=memory)
+
+
 @dataclass
 class Launched:
     """One launch."""
@@ -143,7 +150,7 @@ def make_module():
     )
     stream = types.SimpleNamespace(synchronize=lambda: None)
     module.cuda = types.SimpleNamespace(
-        runtime=runtime, Device=Device, Memory=Memory, get_current_stream=lambda: stream
+        runtime=runtime, Device=Device, Memory=Memory, alloc=alloc, get_current_stream=lambda: stream
     )
     return module
 
@@ -153,16 +160,16 @@ def installed(monkeypatch):
     """Make the stand-in what ``import cupy`` finds; yields the :class:`Kernels` that record."""
     import sys
 
-    from cupy_kernels import arrays, compiler, flash2
+    from cupy_kernels import arrays, compiler, launch
 
     kernels = Kernels()
-    caches = (arrays.require_cupy, flash2.prepare, flash2._loaded, flash2.present_hardware)
+    caches = (arrays.require_cupy, launch.prepare, launch._loaded, launch.present_hardware)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "cupy", make_module())
         patch.setattr(compiler, "load", kernels.load)
         patch.setattr(compiler, "compiler_version", lambda: "stand-in")
         patch.setattr(Device, "current", 0)
-        patch.setattr(flash2, "_spare", {})
+        patch.setattr(launch, "_spare", {})
         for cached in caches:
             cached.cache_clear()
         yield kernels

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cupy_kernels import CompileError, compiler, flash2
+from cupy_kernels import CompileError, compiler, table
 from cupy_kernels import __main__ as command_line
 from cupy_kernels.compiler import Variant, cache_directory, check_architecture, choose_architecture, compile_variant
 
@@ -355,7 +355,7 @@ def test_no_kernel_has_static_shared_memory_or_a_trace_of_counting(request, monk
     if why_no_nvrtc():
         pytest.skip(why_no_nvrtc())
     monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", str(request.config.cache.mkdir("cubins")))
-    fast, counting = [variant for variant in flash2.variants() if dict(variant.macros)["COLUMNS"] == "16"][:2]
+    fast, counting = [variant for variant in table.variants() if dict(variant.macros)["COLUMNS"] == "16"][:2]
     assert "COUNT_TRAFFIC" in dict(counting.macros)
     assert "COUNT_TRAFFIC" not in dict(fast.macros)
     made = [compile_variant(variant, "sm_80") for variant in (fast, counting)]
@@ -407,7 +407,7 @@ def test_mistakes_on_the_command_line(arguments, message):
 
 @needs_nvrtc
 def test_a_kernel_that_does_not_compile_is_exit_code_1(kernels, monkeypatch, capsys):
-    monkeypatch.setattr(flash2, "variants", lambda hardware: [SCALE])
+    monkeypatch.setattr(command_line, "variants", lambda hardware: [SCALE])
     monkeypatch.setattr(command_line, "_wanted", lambda variant, arguments: True)
     (kernels / "scale.cu").write_text("mistake\n")
     assert command_line.main(["warmup", "--arch", "sm_80", "--jobs", "1"]) == 1

@@ -7,18 +7,32 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from budgets import rounding_floors
+from budgets import gradient_floors, rounding_floors
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cupy_kernels import arrays, attention, compiler, count_traffic, default_plan, flash2, verify
-from simattn import AttentionProblem, count, run
+from cupy_kernels import (
+    arrays,
+    attention,
+    attention_backward,
+    compiler,
+    count_traffic,
+    default_plan,
+    launch,
+    table,
+    verify,
+    workspace_bytes,
+)
+from simattn import AttentionProblem, count, run, run_backward
 from simattn.arithmetic.formats import numpy_dtype
 from simattn.testing import (
     assert_same_bits,
     assert_within_error_budget,
     attention_cases,
     low_precision_attention,
+    low_precision_attention_backward,
     reference_attention,
+    reference_attention_backward,
 )
 
 
@@ -32,6 +46,8 @@ def why_no_device():
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_no_device()), reason=why_no_device() or "a device is there")]
 
+PROGRAMS = [(name, direction) for name, item in table.ALGORITHMS.items() for direction in item.programs]
+GRADIENTS = ("dq", "dk", "dv")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -40,7 +56,7 @@ def cupy():
     return arrays.require_cupy()
 
 
-def drawn(seed=0, **shape):
+def drawn(seed=0, *, gradient=False, **shape):
     """Return a problem, its inputs as NumPy arrays and as CuPy arrays."""
     problem = AttentionProblem(
         **{
@@ -60,28 +76,41 @@ def drawn(seed=0, **shape):
         "k": (problem.batch, problem.kv_len, problem.kv_heads, problem.head_dim),
         "v": (problem.batch, problem.kv_len, problem.kv_heads, problem.value_dim),
     }
+    if gradient:
+        shapes["dout"] = (problem.batch, problem.q_len, problem.heads, problem.value_dim)
     host = {name: generator.standard_normal(size).astype(numpy_dtype(problem.dtype)) for name, size in shapes.items()}
     return problem, host, {name: verify.on_device(values) for name, values in host.items()}
 
 
-def simulated(problem, host):
+def simulated(problem, host, algorithm="flash2"):
     return run(
-        "flash2",
-        **host,
-        scale=problem.scale,
-        causal=problem.causal,
-        window=problem.window,
+        algorithm,
+        *(host[name] for name in "qkv"),
+        **mask_of(problem),
         arithmetic="simt",
-        plan=default_plan(problem),
+        plan=default_plan(problem, algorithm=algorithm),
     )
+
+
+def mask_of(problem):
+    return {"scale": problem.scale, "causal": problem.causal, "window": problem.window}
+
+
+def simulated_gradients(problem, host, saved, algorithm="flash2"):
+    plan = default_plan(problem, algorithm=algorithm, direction="backward", deterministic=True)
+    arguments = (host[name] for name in ("q", "k", "v", "dout"))
+    done = run_backward(algorithm, *arguments, **mask_of(problem), arithmetic="simt", plan=plan, saved=saved)
+    return done.dq, done.dk, done.dv
 
 
 # Bits and bytes
 
 
-@settings(max_examples=150)
-@given(verify.cases())
-def test_bits_and_bytes_are_the_simulated_machines(case):
+@pytest.mark.parametrize(("algorithm", "direction"), PROGRAMS)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_bits_and_bytes_are_the_simulated_machines(algorithm, direction, data):
+    case = data.draw(verify.cases(algorithms=(algorithm,), directions=(direction,)))
     found = verify.compare(case, verify.simulate(case))
     assert {name: value for name, value in found.items() if name != "elements"} == {
         "differing_elements": 0,
@@ -92,12 +121,22 @@ def test_bits_and_bytes_are_the_simulated_machines(case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [16, 32, 64, 96, 128, 192, 256])
-def test_every_kernel(columns, dtype):
-    problem, host, device = drawn(head_dim=columns, value_dim=columns, dtype=dtype, causal=True)
-    expected = simulated(problem, host)
-    out, lse = attention(**device, causal=True, return_lse=True)
+@pytest.mark.parametrize("algorithm", list(table.ALGORITHMS))
+def test_every_kernel(algorithm, columns, dtype):
+    problem, host, device = drawn(head_dim=columns, value_dim=columns, dtype=dtype, causal=True, gradient=True)
+    dout = device.pop("dout")
+    expected = simulated(problem, host, algorithm)
+    out, lse, saved = attention(**device, causal=True, algorithm=algorithm, return_lse=True, return_saved=True)
     assert_same_bits(verify.from_device(out), expected.out, name="out")
     assert_same_bits(verify.from_device(lse), expected.lse, name="lse")
+    left = {name: verify.from_device(array) for name, array in saved.items()}
+    wanted = simulated_gradients(problem, host, left, algorithm)
+    options = {"causal": True, "algorithm": algorithm, "saved": saved}
+    found = attention_backward(dout, **device, **options, deterministic=True)
+    fast = attention_backward(dout, **device, **options)
+    for name, gradient, quick, exact in zip(GRADIENTS, found, fast, wanted, strict=True):
+        assert_same_bits(verify.from_device(gradient), exact, name=name)
+        assert verify.differing_sums(verify.from_device(quick), exact) == 0
 
 
 @settings(max_examples=60)
@@ -108,13 +147,7 @@ def test_every_kernel(columns, dtype):
 )
 def test_the_error_is_within_the_budget(case):
     problem, inputs = case
-    out, lse = attention(
-        *(verify.on_device(inputs[name]) for name in "qkv"),
-        scale=problem.scale,
-        causal=problem.causal,
-        window=problem.window,
-        return_lse=True,
-    )
+    out, lse = attention(*(verify.on_device(inputs[name]) for name in "qkv"), **mask_of(problem), return_lse=True)
     reference_out, reference_lse = reference_attention(problem, **inputs)
     low_out, low_lse = low_precision_attention(problem, **inputs)
     out_floor, lse_floor = rounding_floors(problem, inputs)
@@ -122,11 +155,45 @@ def test_the_error_is_within_the_budget(case):
     assert_within_error_budget(verify.from_device(lse), reference_lse, low_lse, floor=lse_floor, name="lse")
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("algorithm", list(table.ALGORITHMS))
+@settings(max_examples=30)
+@given(
+    case=attention_cases(
+        dtypes=DTYPES, max_len=200, head_dims=verify.HEAD_DIMS, block_sparse=False, max_heads=4, backward=True
+    )
+)
+def test_the_error_of_gradients_is_within_the_budget(algorithm, deterministic, case):
+    problem, inputs = case
+    device = {name: verify.on_device(values) for name, values in inputs.items()}
+    dout = device.pop("dout")
+    options = {**mask_of(problem), "algorithm": algorithm}
+    _, saved = attention(**device, **options, return_saved=True)
+    found = attention_backward(dout, **device, **options, saved=saved, deterministic=deterministic)
+    references = reference_attention_backward(problem, **inputs)
+    rough = low_precision_attention_backward(problem, **inputs)
+    floors = gradient_floors(problem, inputs)
+    for name, gradient, reference, low, floor in zip(GRADIENTS, found, references, rough, floors, strict=True):
+        assert_within_error_budget(verify.from_device(gradient), reference, low, floor=floor, name=name)
+
+
 def test_repeated_runs_give_the_same_bits():
     _, _, device = drawn(q_len=1000, kv_len=1000, heads=8)
     first = verify.from_device(attention(**device))
     for _ in range(20):
         assert_same_bits(verify.from_device(attention(**device)), first)
+
+
+@pytest.mark.parametrize("algorithm", list(table.ALGORITHMS))
+def test_repeated_gradients_are_the_same_bits(algorithm):
+    _, _, device = drawn(q_len=1000, kv_len=1000, heads=8, gradient=True)
+    dout = device.pop("dout")
+    _, saved = attention(**device, algorithm=algorithm, return_saved=True)
+    options = {"algorithm": algorithm, "saved": saved, "deterministic": True}
+    first = [verify.from_device(gradient) for gradient in attention_backward(dout, **device, **options)]
+    for _ in range(10):
+        for found, wanted in zip(attention_backward(dout, **device, **options), first, strict=True):
+            assert_same_bits(verify.from_device(found), wanted)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -220,6 +287,32 @@ def test_a_call_can_be_captured_in_a_graph(cupy, return_lse):
         assert_same_bits(verify.from_device(lse), expected.lse)
 
 
+@pytest.mark.parametrize("algorithm", list(table.ALGORITHMS))
+def test_gradients_can_be_captured_in_a_graph(cupy, algorithm):
+    problem, host, device = drawn(gradient=True)
+    dout = device.pop("dout")
+    _, saved = attention(**device, algorithm=algorithm, return_saved=True)
+    left = {name: verify.from_device(array) for name, array in saved.items()}
+    expected = simulated_gradients(problem, host, left, algorithm)
+    gradients = tuple(cupy.full(wanted.shape, np.nan, np.float32) for wanted in expected)
+    size = workspace_bytes(**device, direction="backward", algorithm=algorithm, deterministic=True)
+    options = {"algorithm": algorithm, "saved": saved, "gradients": gradients, "deterministic": True}
+    options["workspace"] = cupy.empty(size, np.uint8)
+    attention_backward(dout, **device, **options)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        attention_backward(dout, **device, **options)
+        graph = stream.end_capture()
+    for array in gradients:
+        array.fill(np.nan)
+    cupy.cuda.Device().synchronize()
+    graph.launch(stream)
+    stream.synchronize()
+    for name, found, wanted in zip(GRADIENTS, gradients, expected, strict=True):
+        assert_same_bits(verify.from_device(found), wanted, name=name)
+
+
 def test_the_arrays_device_is_used(cupy):
     if cupy.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("needs two devices")
@@ -267,6 +360,17 @@ def test_torch_tensors(dtype):
     assert attention(*tensors, out=out) is out
     bits = out.view(torch.int32 if out.element_size() == 4 else torch.int16).cpu().numpy()
     assert_same_bits(bits.view(expected.out.dtype), expected.out)
+    dout = torch.ones_like(out)
+    _, saved = attention(*tensors, return_saved=True)
+    held = {name: torch.from_dlpack(array) for name, array in saved.items()} if dtype != "bfloat16" else saved
+    options = {"saved": held, "deterministic": True}
+    wanted = simulated_gradients(
+        problem,
+        {**host, "dout": np.ones(expected.out.shape, expected.out.dtype)},
+        {name: verify.from_device(array) for name, array in saved.items()},
+    )
+    for found, exact in zip(attention_backward(dout, *tensors, **options), wanted, strict=True):
+        assert_same_bits(verify.from_device(found), exact)
     with pytest.raises(TypeError, match=r"q is a torch.Tensor that cannot be shared"):
         attention(tensors[0].clone().requires_grad_(), *tensors[1:])
 
@@ -287,6 +391,6 @@ def test_cuda_array_interface(cupy):
 def test_no_kernel_of_this_device_spills(cupy):
     capability = cupy.cuda.Device().compute_capability
     architecture = compiler.choose_architecture((int(capability[:-1]), int(capability[-1])))
-    for variant in flash2.variants(flash2.present_hardware(0)):
+    for variant in table.variants(launch.present_hardware(0)):
         if "COUNT_TRAFFIC" not in dict(variant.macros):
             assert compiler.compile_variant(variant, architecture).complaints == (), str(variant)

@@ -20,7 +20,7 @@ from simattn import AttentionProblem, run
 def why_no_compiler():
     try:
         cpu_build.compiler()
-    except cpu_build.CompilerNotFound as error:
+    except cpu_build.CompilerNotFoundError as error:
         return str(error)
     return ""
 
@@ -33,7 +33,7 @@ NOTHING = {"differing_elements": 0, "differing_counts": 0, "written_outside": 0}
 @pytest.fixture
 def device(monkeypatch):
     with fake_cupy.installed(monkeypatch) as kernels:
-        kernels.run = cpu_device.run_launch
+        kernels.run = cpu_device.CpuDevice(monkeypatch).run
         yield kernels
 
 

@@ -1,12 +1,60 @@
-// FlashAttention-2 forward (Dao 2023, arXiv 2307.08691) on CUDA cores, the program of simattn/algorithms/flash2.py:
-// each thread block keeps one query tile and its output on chip and streams the keys and values past it.
+// What the forward kernels of FlashAttention and FlashAttention-2 share: how the threads of a block share a tile, and
+// the stages that take a tile of keys into the running softmax of a tile of queries.
 //
 // The order of every sum is fixed; the tile of keys is the only size it depends on:
 //   scores   one chain of fused multiply-adds per element, columns ascending, from +0; times scale * log2(e)
 //   row sum  16 partial sums, the x-th of the tile's keys x, x + 16, ... ascending, added pairwise 8, 4, 2, 1 apart
 //   out      times the correction, then one chain of fused multiply-adds per element, keys ascending
-// Hidden keys take no part. A tile that hides all its keys from a row changes no bit of it, so warps skip such tiles.
-#include "flash2.cuh"
+// Hidden keys take no part.
+//
+// Macros:
+//   STORAGE          float32, float16 or bfloat16
+//   COLUMNS          smallest of 16, 32, 64, 96, 128, 192, 256 that holds head_dim and value_dim
+//   QUERY_ROWS       query rows of a thread block's tile
+//   KEY_ROWS         keys of a tile, a multiple of 16; sets the order of sums
+//   LANES            lanes that share a query row: 8 or 16
+//   ROWS_PER_THREAD  query rows of a thread: 4 or 8
+//   STAGED_KEYS      keys whose probabilities pass through shared memory at a time; divides KEY_ROWS
+//   BLOCKS           thread blocks that a multiprocessor is to hold at once
+//   COUNT_TRAFFIC    if defined, bytes moved are added to `counters`
+#pragma once
+
+#include "tiles.cuh"
+
+using Stored = STORAGE;
+
+constexpr int WARP = 32;
+constexpr int GROUPS = WARP / LANES;                   // query rows that a warp handles at once
+constexpr int WARP_ROWS = GROUPS * ROWS_PER_THREAD;    // query rows of a warp
+constexpr int THREADS = QUERY_ROWS / ROWS_PER_THREAD * LANES;
+constexpr int SCORES = KEY_ROWS / LANES;               // scores of a thread in each of its rows
+constexpr int OUTPUTS = COLUMNS / LANES;               // output columns of a thread
+constexpr int WIDTH = OUTPUTS % 4 == 0 ? 4 : 2;        // adjacent ones among them
+constexpr int SUM_LANES = 16;                          // partial sums of a row; part of the order of sums
+constexpr int PARTS = SUM_LANES / LANES;               // of which a thread has this many
+
+// Columns of q and k that a loop iteration takes: 8 where registers allow to load four while four are multiplied.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int COLUMNS_AT_ONCE = 4;
+#else
+constexpr int COLUMNS_AT_ONCE = 8;
+#endif
+
+// Shared memory in floats. Rows are padded by one vector, so that 8 lanes that read vectors of 8 adjacent rows meet no
+// bank twice.
+constexpr int ROW_STRIDE = COLUMNS + 4;
+constexpr int STAGED_STRIDE = QUERY_ROWS + 4;
+constexpr int K_OFFSET = QUERY_ROWS * ROW_STRIDE;
+constexpr int V_OFFSET = K_OFFSET + KEY_ROWS * ROW_STRIDE;
+constexpr int STAGED_OFFSET = V_OFFSET + KEY_ROWS * COLUMNS;
+constexpr int SHARED_BYTES = 4 * (STAGED_OFFSET + STAGED_KEYS * STAGED_STRIDE);
+
+static_assert(LANES == 8 || LANES == 16, "8 or 16 lanes share a row");
+static_assert(ROWS_PER_THREAD % 4 == 0, "probabilities pass four rows at a time");
+static_assert(QUERY_ROWS % WARP_ROWS == 0, "warps have whole rows");
+static_assert(KEY_ROWS % SUM_LANES == 0, "partial sums have equally many keys");
+static_assert(KEY_ROWS % STAGED_KEYS == 0 && STAGED_KEYS % LANES == 0, "staged keys divide the tile");
+static_assert(OUTPUTS % WIDTH == 0, "lanes share the columns evenly");
 
 struct Place {
   int lane;      // among those that share a row
@@ -179,109 +227,19 @@ DEVICE void add_values(
   }
 }
 
-// Normalise the output and store it with its log-sum-exp. A row that saw no key is 0, its log-sum-exp -Inf.
-DEVICE void finish_softmax(
-    SoftmaxState& state, const Flash2Parameters& parameters, const Place& place, int tile_row, int batch, int head) {
-  const float ln2 = 0x1.62e43p-1f;
-  ByteCounter counter(parameters.counters + COUNT_OUT);
-  ByteCounter lse_counter(parameters.counters + COUNT_LSE);
-  Stored* out = parameters.out + batch * parameters.out_strides.batch + head * parameters.out_strides.head;
-  float* lse = parameters.lse + (static_cast<long long>(batch) * parameters.heads + head) * parameters.q_len;
+// Normalise the output of the thread's row i and store it. A row that saw no key is 0.
+template <class Element>
+DEVICE void store_normalised(
+    Element* out_row, const SoftmaxState& state, int i, int value_dim, const Place& place, ByteCounter& counter) {
+  const float divisor = state.row_sum[i] == 0.0f ? 1.0f : state.row_sum[i];
 #pragma unroll
-  for (int i = 0; i < ROWS_PER_THREAD; i++) {
-    const int row = tile_row + place.row + GROUPS * i;
-    if (row < parameters.q_len) {
-      const float row_sum = state.row_sum[i], divisor = row_sum == 0.0f ? 1.0f : row_sum;
+  for (int column = 0; column < OUTPUTS; column += WIDTH) {
+    const int first = column * LANES + place.lane * WIDTH;
+    if (first < value_dim) {
+      float values[WIDTH];
 #pragma unroll
-      for (int column = 0; column < OUTPUTS; column += WIDTH) {
-        const int first = column * LANES + place.lane * WIDTH;
-        if (first < parameters.value_dim) {
-          float values[WIDTH];
-#pragma unroll
-          for (int c = 0; c < WIDTH; c++) values[c] = __fdiv_rn(state.out[i][column + c], divisor);
-          store_vector(out + row * parameters.out_strides.row + first, values, counter);
-        }
-      }
-      if (place.lane == 0) {
-        const float log_sum = __fmul_rn(__fadd_rn(state.row_max[i], log2_polynomial(row_sum)), ln2);
-        store_number(lse + row, row_sum == 0.0f ? -infinity() : log_sum, lse_counter);
-      }
+      for (int c = 0; c < WIDTH; c++) values[c] = __fdiv_rn(state.out[i][column + c], divisor);
+      store_vector(out_row + first, values, counter);
     }
   }
-  counter.flush();
-  lse_counter.flush();
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash2_forward(const Flash2Parameters parameters) {
-  float* const shared = shared_memory();
-  float* const q = shared;
-  float* const k = shared + K_OFFSET;
-  float* const v = shared + V_OFFSET;
-  float* const staged = shared + STAGED_OFFSET;
-  const Place place;
-
-  // Blocks of the last query tiles come first: under a causal mask they take longest.
-  const int matrices = parameters.batch * parameters.heads;
-  const int matrix = blockIdx.x % matrices, tile = (gridDim.x - 1 - blockIdx.x) / matrices;
-  const int batch = matrix / parameters.heads, head = matrix % parameters.heads;
-  const int kv_head = head / parameters.group_size;
-  const int tile_row = tile * QUERY_ROWS, tile_stop = min(tile_row + QUERY_ROWS, parameters.q_len);
-  const Stored* q_matrix = parameters.q + batch * parameters.q_strides.batch + head * parameters.q_strides.head;
-  const Stored* k_matrix = parameters.k + batch * parameters.k_strides.batch + kv_head * parameters.k_strides.head;
-  const Stored* v_matrix = parameters.v + batch * parameters.v_strides.batch + kv_head * parameters.v_strides.head;
-
-  // Tiles of keys that any row of the query tile sees.
-  const int shift = parameters.kv_len - parameters.q_len;
-  const int first_key = max(0, tile_row + shift - parameters.window_left);
-  const int stop_key = min(parameters.kv_len, tile_stop + shift + parameters.window_right);
-  const int first_tile = first_key / KEY_ROWS;
-  const int stop_tile = first_key < stop_key ? (stop_key + KEY_ROWS - 1) / KEY_ROWS : first_tile;
-
-  // load
-  TileCopy<QUERY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-      q, q_matrix + tile_row * parameters.q_strides.row, parameters.q_strides.row, parameters.q_len - tile_row,
-      parameters.head_dim, parameters.counters + COUNT_Q);
-  commit_copies();
-  const auto load_keys = [&](int key_tile) {
-    const int key = key_tile * KEY_ROWS;
-    TileCopy<KEY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-        k, k_matrix + key * parameters.k_strides.row, parameters.k_strides.row, parameters.kv_len - key,
-        parameters.head_dim, parameters.counters + COUNT_K);
-    commit_copies();
-  };
-  if (first_tile < stop_tile) load_keys(first_tile);
-  SoftmaxState state;
-
-  for (int key_tile = first_tile; key_tile < stop_tile; key_tile++) {
-    const int key = key_tile * KEY_ROWS;
-    // load
-    wait_for_copies<0>();
-    __syncthreads();  // K is there, and V has been read
-    TileCopy<KEY_ROWS, COLUMNS, COLUMNS, THREADS>::start(
-        v, v_matrix + key * parameters.v_strides.row, parameters.v_strides.row, parameters.kv_len - key,
-        parameters.value_dim, parameters.counters + COUNT_V);
-    commit_copies();
-    // compute
-    const Band band(
-        place, tile_row + shift - key, parameters.window_left, parameters.window_right, parameters.kv_len - key);
-    Scores scores;
-    if (!band.empty()) {
-      multiply_scores(scores, q + place.row * ROW_STRIDE, k + place.lane * ROW_STRIDE, parameters.head_dim);
-      if (!band.full) hide(scores, band, place.lane);
-      update_softmax(state, scores, parameters.scale_log2);
-    }
-    // load
-    wait_for_copies<0>();
-    __syncthreads();  // V is there, and K has been read
-    if (key_tile + 1 < stop_tile) load_keys(key_tile + 1);
-    // compute
-    if (band.full) {
-      add_values<false>(state, scores, staged, v, place, band);
-    } else if (!band.empty()) {
-      add_values<true>(state, scores, staged, v, place, band);
-    }
-  }
-  // finish
-  wait_for_copies<0>();
-  finish_softmax(state, parameters, place, tile_row, batch, head);
 }

@@ -1,0 +1,43 @@
+"""What the table of kernels holds about each algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cupy_kernels.program import Program
+from simattn.hardware import Hardware
+from simattn.plan import Direction, Plan
+from simattn.problem import AttentionProblem
+
+MakeProgram = Callable[[AttentionProblem, Any, Hardware], Program]
+DefaultPlan = Callable[[AttentionProblem, Hardware, bool], Plan]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelAlgorithm:
+    """One algorithm's programs on the GPU.
+
+    Attributes
+    ----------
+    name
+        As :data:`simattn.ALGORITHMS` has it.
+    plan_class
+        Its plan type.
+    default_plans
+        By direction: (problem, hardware, whether bits must repeat) → the plan when none is given.
+    programs
+        By direction: (problem, plan, hardware) → program. A ValueError says what there is no kernel for.
+    saved
+        Names of the arrays that the backward program takes from the forward program.
+    is_deterministic
+        Whether a plan's backward pass returns the same bits every time.
+    """
+
+    name: str
+    plan_class: type[Plan]
+    default_plans: Mapping[Direction, DefaultPlan]
+    programs: Mapping[Direction, MakeProgram]
+    saved: tuple[str, ...]
+    is_deterministic: Callable[[Any], bool]

@@ -1,0 +1,375 @@
+"""Programs on the GPU: from arrays to launches.
+
+What follows from shapes, strides and options alone is worked out once and kept, so that a further call with the same
+ones only fills in addresses and launches.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+
+from cupy_kernels import compiler
+from cupy_kernels.arrays import check_output, check_pointer, check_strides, extent, require_cupy
+from cupy_kernels.compiler import Variant
+from cupy_kernels.counting import CountedTraffic
+from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES, parameters
+from cupy_kernels.program import Array, Program, Step, workspace_layout
+from cupy_kernels.table import default_plan, get_algorithm, make_program
+from simattn.arithmetic.formats import ITEM_BYTES
+from simattn.hardware import Hardware, get_hardware
+from simattn.plan import Direction, Plan
+from simattn.planning import DEFAULT_HARDWARE
+from simattn.problem import AttentionProblem, Window
+
+SMALLEST_SPARE_BYTES = 1 << 20
+WORKSPACE_ALIGNMENT = 256
+
+
+@cache
+def present_hardware(device: int) -> Hardware:
+    """Return a row with the shared memory of a device; what else it says is of another GPU."""
+    chosen = require_cupy().cuda.Device(device)
+    attributes = chosen.attributes
+    per_multiprocessor = attributes["MaxSharedMemoryPerMultiprocessor"]
+    return replace(
+        get_hardware(DEFAULT_HARDWARE),
+        name=f"device {device}",
+        sram_bytes_per_block=attributes["MaxSharedMemoryPerBlockOptin"],
+        shared_bytes_per_multiprocessor=per_multiprocessor,
+        sram_bytes_per_multiprocessor=max(
+            per_multiprocessor, get_hardware(DEFAULT_HARDWARE).sram_bytes_per_multiprocessor
+        ),
+    )
+
+
+@cache
+def _loaded(variant: Variant, shared_bytes: int, device: int) -> Any:
+    """Return a kernel on the current device, whose number this is."""
+    return compiler.load(variant, dynamic_shared_bytes=shared_bytes)
+
+
+@dataclass(frozen=True)
+class Description:
+    """Shape, strides in bytes and dtype of an array."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+
+
+class _Launched:
+    """A step with everything but the addresses."""
+
+    def __init__(self, step: Step, program: Program, strides: Mapping[str, tuple[int, int, int]]) -> None:
+        kernel, slots = step.kernel, {array.name: slot for slot, array in enumerate(program.arrays)}
+        by_name = {name: strides[array] for name, array in zip(kernel.names, step.arrays, strict=True)}
+        filled = parameters(kernel.names, program.problem, step.operand, by_name)
+        # CuPy passes an array of one element by value, and one without named fields fastest.
+        self.parameters = filled.view(f"V{filled.itemsize}")
+        self.slots = tuple(slots[name] for name in step.arrays)
+        self.write_addresses = struct.Struct(f"{len(self.slots) + 1}Q").pack_into
+        self.grid, self.block, self.shared_bytes = (step.blocks,), (kernel.threads,), kernel.shared_bytes
+        self.counters = step.counters
+        self.arrays = tuple(program.array[name] for name in step.arrays)
+        self.step, self.function = step, None
+
+    def load(self, device: int, *, count_traffic: bool) -> None:
+        """Compile and load the kernel, if that has not been done."""
+        self.function = _loaded(self.step.kernel.variant(count_traffic=count_traffic), self.shared_bytes, device)
+
+
+class Launch:
+    """A program with everything but the addresses.
+
+    Parameters
+    ----------
+    device
+        Number of the device, which must be the current one.
+    algorithm, direction, plan
+        What it computes; None for the default algorithm and its default plan.
+    problem
+        The problem.
+    given
+        The input arrays.
+    deterministic
+        Whether the results must have the same bits every time.
+    count_traffic
+        Whether it counts its traffic.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        If there is no kernel for it, or it does not compile.
+    """
+
+    def __init__(
+        self,
+        device: int,
+        algorithm: str | None,
+        direction: Direction,
+        problem: AttentionProblem,
+        plan: Plan | None,
+        given: Mapping[str, Description],
+        *,
+        deterministic: bool,
+        count_traffic: bool,
+    ) -> None:
+        hardware = present_hardware(device)
+        if plan is None:
+            plan = default_plan(
+                problem, hardware, algorithm=algorithm, direction=direction, deterministic=deterministic
+            )
+        program = make_program(algorithm, direction, problem, plan, hardware)
+        if deterministic and not get_algorithm(algorithm).is_deterministic(plan):
+            raise ValueError(f"deterministic=True, and plan={plan} adds in no fixed order: expected another plan")
+        self.device, self.program, self.dtype = device, program, given["q"].dtype
+        check_inputs(program, given)
+        self.alignment = {array.name: row_alignment(array) for array in program.with_role("input")}
+        self.extents = {
+            name: extent(given[name].shape, given[name].strides, array.numpy_dtype.itemsize)
+            for name, array in program.array.items()
+            if array.role == "input"
+        }
+        self.inputs = tuple(self.alignment)
+        self.no_addresses = (0,) * (len(program.arrays) - len(self.inputs))
+        self.strictest = max(self.alignment.values())
+        strides = {
+            array.name: _given_strides(array, given[array.name]) if array.role == "input" else array.strides
+            for array in program.arrays
+        }
+        self.saved = {array.name: program.is_read(array.name) for array in program.with_role("saved")}
+        self.steps = [_Launched(step, program, strides) for step in program.steps]
+        for step in self.steps:
+            step.load(device, count_traffic=count_traffic)
+        self._layouts: dict[frozenset[str], tuple[dict[str, int], int]] = {}
+        self.slot = {array.name: slot for slot, array in enumerate(program.arrays)}
+
+    def empty(self, name: str) -> Any:
+        """Return a new array for a result, in the shape in which callers see it."""
+        array = self.program.array[name]
+        cupy = require_cupy()
+        if array.row_elements == array.columns:
+            return cupy.ndarray(array.shape, array.numpy_dtype)
+        whole = cupy.ndarray((*array.shape[:-1], array.row_elements), array.numpy_dtype)
+        return whole[..., : array.columns]
+
+    def check_output(self, name: str, result: Any, taken: dict[str, tuple[int, int]]) -> None:
+        """Raise unless a result can be written to the caller's array, and add it to what is taken."""
+        array = self.program.array[name]
+        check_output(name, result, array.shape, array.numpy_dtype, self.device, taken)
+        check_pointer(name, result.data.ptr, row_alignment(array))
+        taken[name] = (result.data.ptr, result.data.ptr + result.nbytes)
+
+    def taken(self, addresses: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Return first byte and one past the last of the inputs at these addresses."""
+        return {name: (addresses[name] + self.extents[name][0], addresses[name] + self.extents[name][1])
+                for name in self.inputs}  # fmt: skip
+
+    def layout(self, brought: frozenset[str]) -> tuple[dict[str, int], int]:
+        """Return where in a workspace the arrays lie that the caller does not bring, and its size in bytes."""
+        if brought not in self._layouts:
+            self._layouts[brought] = workspace_layout(kept_in_workspace(self.program, brought), WORKSPACE_ALIGNMENT)
+        return self._layouts[brought]
+
+    def __call__(
+        self, addresses: list[int], brought: frozenset[str], workspace: Any, counted: CountedTraffic | None
+    ) -> None:
+        """Launch on CuPy's current stream.
+
+        Parameters
+        ----------
+        addresses
+            Of the program's arrays, in their order; those not brought may be anything.
+        brought
+            Names of saved arrays that the caller wants, whose addresses are given.
+        workspace
+            The caller's memory for the other arrays, or None to take some.
+        counted
+            What to count the traffic into, if the kernels count.
+        """
+        offsets, size = self.layout(brought)
+        memory = None
+        if size:
+            if workspace is None:
+                memory = require_cupy().cuda.alloc(size)  # the pool gives it to this stream's later launches only
+                base = memory.ptr
+            else:
+                base = _checked_workspace(workspace, size, self.device)
+            for name, offset in offsets.items():
+                addresses[self.slot[name]] = base + offset
+        for name, is_read in self.saved.items():
+            if not is_read and name not in brought:
+                addresses[self.slot[name]] = _spare_address(self.device, self.program.array[name].nbytes)
+        for step in self.steps:
+            filled = step.parameters.copy()  # one for each call: other threads launch at the same time
+            counters = 0 if counted is None else counted.buffer(self.device, step.counters).data.ptr
+            step.write_addresses(filled, 0, *[addresses[slot] for slot in step.slots], counters)
+            step.function(step.grid, step.block, (filled,), step.shared_bytes)  # type: ignore[misc]
+
+    def check_addresses(self, addresses: list[int]) -> None:
+        """Raise a ValueError unless every input starts at an aligned address; inputs come first in a program."""
+        together = 0
+        for slot in range(len(self.inputs)):
+            together |= addresses[slot]
+        if together % self.strictest:
+            for name, address in zip(self.inputs, addresses, strict=False):
+                check_pointer(name, address, self.alignment[name])
+
+
+def kept_in_workspace(program: Program, brought: frozenset[str]) -> list[Array]:
+    """Return the arrays that a program reads again and nobody brings."""
+    return [
+        array
+        for array in program.with_role("saved", "workspace")
+        if array.name not in brought and (array.role == "workspace" or program.is_read(array.name))
+    ]
+
+
+def row_alignment(array: Array) -> int:
+    """Return the bytes that rows of an array start at multiples of: four elements, or one number."""
+    return (1 if array.kind == "statistic" else 4) * ITEM_BYTES[array.dtype]
+
+
+def _given_strides(array: Array, given: Description) -> tuple[int, int, int]:
+    """Return the strides of batch, row and head in elements, 0 along an axis of length 1."""
+    steps = [
+        stride // ITEM_BYTES[array.dtype] if size > 1 else 0
+        for size, stride in zip(given.shape, given.strides, strict=True)
+    ]
+    if array.kind == "matrix":
+        return steps[0], steps[1], steps[2]
+    return steps[0], steps[2], steps[1]
+
+
+def _checked_workspace(workspace: Any, size: int, device: int) -> int:
+    """Return the address of the caller's workspace."""
+    if workspace.nbytes < size:
+        raise ValueError(f"workspace has {workspace.nbytes} bytes: expected at least {size}")
+    if workspace.data.device_id != device:
+        raise ValueError(f"workspace is on device {workspace.data.device_id}: expected device {device}, where q is")
+    if not workspace.flags.c_contiguous:
+        raise ValueError(f"workspace has strides {workspace.strides} bytes: expected a C-contiguous array")
+    address = int(workspace.data.ptr)
+    check_pointer("workspace", address, WORKSPACE_ALIGNMENT)
+    return address
+
+
+_spare: dict[int, list[Any]] = {}
+
+
+def _spare_address(device: int, size: int) -> int:
+    """Return an address to store what nobody asked for, as the program does nevertheless.
+
+    The memory is never read and never given back, so that any stream and any captured graph may write to it.
+    """
+    held = _spare.get(device)
+    if held is None or held[-1].size < size:
+        larger = max(size, SMALLEST_SPARE_BYTES, 2 * held[-1].size if held else 0)
+        _spare[device] = held = [*(held or []), require_cupy().cuda.Memory(larger)]
+    address: int = held[-1].ptr
+    return address
+
+
+# Preparation
+
+
+@lru_cache(maxsize=4096)
+def prepare(
+    device: int,
+    algorithm: str | None,
+    direction: Direction,
+    names: tuple[str, ...],
+    scale: float | None,
+    causal: bool,
+    window: Window | None,
+    plan: Plan | None,
+    deterministic: bool,
+    count_traffic: bool,
+    *described: Any,
+) -> Launch:
+    """Return the launch for arrays of these shapes and strides (in bytes), checked, on the current device.
+
+    Parameters
+    ----------
+    device
+        Number of the device.
+    algorithm, direction, scale, causal, window, plan, deterministic, count_traffic
+        As the calls have them.
+    names
+        Names of the arrays, q, k and v first.
+    *described
+        Shape, strides and dtype of each.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`cupy_kernels.attention` does.
+    """
+    given = {name: Description(*described[3 * index : 3 * index + 3]) for index, name in enumerate(names)}
+    problem = checked_problem(given, scale=scale, causal=causal, window=window)
+    return Launch(
+        device, algorithm, direction, problem, plan, given, deterministic=deterministic, count_traffic=count_traffic
+    )
+
+
+def checked_problem(
+    given: Mapping[str, Any], *, scale: float | None, causal: bool, window: Window | None
+) -> AttentionProblem:
+    """Return the problem that q, k and v pose.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the kernels do not take it; the message names the argument.
+    """
+    for name in "qkv":
+        array = given[name]
+        if len(array.shape) != 4:
+            raise ValueError(f"{name} has shape {array.shape}: expected 4 dimensions (batch, length, heads, columns)")
+        if array.dtype.name not in STORAGE_TYPES:
+            raise TypeError(f"{name} has dtype {array.dtype}: expected one of {', '.join(STORAGE_TYPES)}")
+        if array.dtype != given["q"].dtype:
+            raise TypeError(f"{name} has dtype {array.dtype}: expected {given['q'].dtype}, as q has")
+    q, k, v = (given[name].shape for name in "qkv")
+    for name, shape, expected in (("k", k, (q[0], *k[1:3], q[3])), ("v", v, (*k[:3], v[3]))):
+        if shape != expected:
+            raise ValueError(f"{name} has shape {shape}: expected {expected} for q of shape {q} and k of shape {k}")
+    smallest, largest = COLUMN_BUCKETS[0], COLUMN_BUCKETS[-1]
+    for name, columns in (("head_dim", q[3]), ("value_dim", v[3])):
+        if columns % 8 or not smallest <= columns <= largest:
+            raise ValueError(f"{name}={columns}: expected a multiple of 8 from {smallest} to {largest}")
+    return AttentionProblem(
+        batch=q[0],
+        heads=q[2],
+        kv_heads=k[2],
+        q_len=q[1],
+        kv_len=k[1],
+        head_dim=q[3],
+        value_dim=v[3],
+        dtype=given["q"].dtype.name,
+        scale=scale,  # type: ignore[arg-type]
+        causal=causal,
+        window=window,
+    )
+
+
+def check_inputs(program: Program, given: Mapping[str, Description]) -> None:
+    """Raise unless the arrays given are a program's inputs, in a layout that its kernels take."""
+    expected = [array.name for array in program.with_role("input")]
+    missing = [name for name in expected if name not in given]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} of the forward pass is missing: expected {', '.join(expected)}")
+    for name in expected:
+        array, found = program.array[name], given[name]
+        if found.shape != array.shape:
+            raise ValueError(f"{name} has shape {found.shape}: expected {array.shape}")
+        if found.dtype != array.numpy_dtype:
+            raise TypeError(f"{name} has dtype {found.dtype}: expected {array.dtype}")
+        if 0 not in found.shape:
+            check_strides(name, found.shape, found.strides, array.numpy_dtype.itemsize, row_alignment(array))

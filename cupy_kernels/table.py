@@ -1,0 +1,119 @@
+"""The table of algorithms that have kernels, and what is asked of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cupy_kernels import flash1, flash2, standard
+from cupy_kernels.algorithm import KernelAlgorithm
+from cupy_kernels.compiler import Variant
+from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES
+from cupy_kernels.program import Program
+from simattn.hardware import Hardware, get_hardware
+from simattn.plan import Direction, Plan
+from simattn.planning import DEFAULT_HARDWARE
+from simattn.problem import AttentionProblem
+
+ALGORITHMS: dict[str, KernelAlgorithm] = {item.ALGORITHM.name: item.ALGORITHM for item in (flash2, flash1, standard)}
+"""Algorithms that there are kernels for, by name; the first is the default."""
+
+DEFAULT_ALGORITHM = next(iter(ALGORITHMS))
+
+
+def get_algorithm(name: str | None) -> KernelAlgorithm:
+    """Return an algorithm by name, or the default one.
+
+    Raises
+    ------
+    ValueError
+        If there are no kernels of that name.
+    """
+    if name is None:
+        return ALGORITHMS[DEFAULT_ALGORITHM]
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm={name!r} has no kernel: expected one of {tuple(ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
+def default_plan(
+    problem: AttentionProblem,
+    hardware: str | Hardware = DEFAULT_HARDWARE,
+    *,
+    algorithm: str | None = None,
+    direction: Direction = "forward",
+    deterministic: bool = False,
+) -> Plan:
+    """Return the plan that the calls use when none is given.
+
+    It depends on the device only if the device has too little shared memory for the best tiles.
+
+    Parameters
+    ----------
+    problem
+        The problem.
+    hardware
+        Name or row of a GPU.
+    algorithm
+        "flash2", the default, "flash1" or "standard".
+    direction
+        "forward" for :func:`cupy_kernels.attention`, "backward" for :func:`cupy_kernels.attention_backward`.
+    deterministic
+        As for :func:`cupy_kernels.attention_backward`.
+
+    Raises
+    ------
+    ValueError
+        If the kernels do not take the problem, or no tiles fit.
+    """
+    chosen = get_algorithm(algorithm)
+    if direction not in chosen.programs:
+        raise ValueError(f"direction={direction!r}: expected one of {tuple(chosen.programs)}")
+    gpu = get_hardware(hardware)
+    plan = chosen.default_plans[direction](problem, gpu, deterministic)
+    chosen.programs[direction](problem, plan, gpu)  # raises for what the kernels do not take
+    return plan
+
+
+def make_program(
+    algorithm: str | None, direction: Direction, problem: AttentionProblem, plan: Plan, hardware: str | Hardware
+) -> Program:
+    """Return the program of a plan.
+
+    Raises
+    ------
+    TypeError
+        If the plan is another algorithm's.
+    ValueError
+        If there are no kernels for it.
+    """
+    chosen = get_algorithm(algorithm)
+    if not isinstance(plan, chosen.plan_class):
+        expected = f"{chosen.plan_class.__module__}.{chosen.plan_class.__name__}"
+        raise TypeError(f"plan is a {type(plan).__name__}: expected a {expected}")
+    return chosen.programs[direction](problem, plan, get_hardware(hardware))
+
+
+def default_programs(problem: AttentionProblem, hardware: str | Hardware = DEFAULT_HARDWARE) -> Iterator[Program]:
+    """Yield every program that a default plan runs for a problem, deterministic and not."""
+    for name, chosen in ALGORITHMS.items():
+        for direction in chosen.programs:
+            found = {default_plan(problem, hardware, algorithm=name, direction=direction, deterministic=repeats)
+                     for repeats in ((False, True) if direction == "backward" else (True,))}  # fmt: skip
+            for plan in sorted(found, key=repr):
+                yield make_program(name, direction, problem, plan, hardware)
+
+
+def variants(hardware: str | Hardware = DEFAULT_HARDWARE) -> Iterator[Variant]:
+    """Yield the kernels of the default plans of a GPU, each once, for compiling ahead."""
+    seen: set[Variant] = set()
+    for dtype in STORAGE_TYPES:
+        for columns in COLUMN_BUCKETS:
+            # Long and grouped enough for every step of a program to have something to do.
+            problem = AttentionProblem(heads=2, kv_heads=1, q_len=256, head_dim=columns, dtype=dtype)
+            for program in default_programs(problem, hardware):
+                for step in program.steps:
+                    for count_traffic in (False, True):
+                        variant = step.kernel.variant(count_traffic=count_traffic)
+                        if variant not in seen:
+                            seen.add(variant)
+                            yield variant
