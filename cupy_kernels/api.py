@@ -119,10 +119,11 @@ def attention(
 
     Notes
     -----
-    The kernel runs on CuPy's current stream of the arrays' device and the call does not wait for it. To capture it in
-    a CUDA graph, call it once before with the same shapes, which compiles and loads the kernel, and give the results'
+    The kernels run on CuPy's current stream of the arrays' device and the call does not wait for them. To capture it in
+    a CUDA graph, call it once before with the same shapes, which compiles and loads the kernels, and give the results'
     memory by ``out=``, with ``return_lse`` as a pair, and ``workspace=`` where there is one: then a call with CuPy
-    arrays allocates nothing and waits for nothing. Memory of another library's arrays must stay theirs until the stream is done with it.
+    arrays allocates nothing and waits for nothing. Memory of another library's arrays must stay theirs until the stream
+    is done with it.
     """
     if unsupported:
         _refuse("attention", unsupported)
@@ -216,7 +217,8 @@ def attention_backward(
     """Compute the gradients of :func:`attention` on the GPU.
 
     dk and dv, and with ``deterministic`` or an algorithm other than "flash2" also dq, have the same bits on every
-    device: those of ``simattn.run_backward(algorithm, q, k, v, dout, arithmetic="simt", saved=...)`` with the same plan.
+    device: those of ``simattn.run_backward(algorithm, q, k, v, dout, arithmetic="simt", saved=...)`` with the same
+    plan.
 
     Parameters
     ----------
@@ -323,7 +325,7 @@ def _attention_backward(
     for name, result in zip(names, results, strict=True):
         addresses[launch.slot[name]] = result.data.ptr
     launch(addresses, frozenset(), _workspace(workspace), counted)
-    return results if gradients is None else tuple(gradients)  # type: ignore[return-value]
+    return results if gradients is None else tuple(gradients)
 
 
 def _saved(needed: tuple[str, ...], saved: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
@@ -375,9 +377,7 @@ def workspace_bytes(
     problem = checked_problem(dict(zip(_INPUTS, (q, k, v), strict=True)), scale=None, causal=causal, window=window)
     hardware = present_hardware(require_cupy().cuda.runtime.getDevice())
     if plan is None:
-        plan = default_plan(
-            problem, hardware, algorithm=algorithm, direction=direction, deterministic=deterministic
-        )
+        plan = default_plan(problem, hardware, algorithm=algorithm, direction=direction, deterministic=deterministic)
     program = make_program(algorithm, direction, problem, plan, hardware)
     brought = _wanted(chosen.name, return_lse, return_saved) if direction == "forward" else frozenset()
     return workspace_layout(kept_in_workspace(program, brought), WORKSPACE_ALIGNMENT)[1]

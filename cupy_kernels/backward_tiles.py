@@ -10,9 +10,11 @@ from simattn.hardware import Hardware
 from simattn.plan import Plan
 from simattn.problem import AttentionProblem
 
-THREADS = 256
-GRID = 16
-"""Threads across and down a tile of scores."""
+SCORES_ACROSS = 16
+"""Threads that share a row of scores."""
+
+ACROSS = {16: 4, 32: 8, 64: 16, 96: 8, 128: 16, 192: 16, 256: 32}
+"""Threads that share a row of a gradient, by column bucket."""
 
 NUMBERS_PER_THREAD = 160
 """Gradients and scores that a thread keeps in its 255 registers, beside operands and addresses."""
@@ -28,6 +30,8 @@ class BackwardTiles:
         Column bucket.
     query_rows, key_rows
         Tiles.
+    warps
+        Of a thread block.
     blocks
         Thread blocks that a multiprocessor is to hold at once.
     """
@@ -35,6 +39,7 @@ class BackwardTiles:
     columns: int
     query_rows: int
     key_rows: int
+    warps: int = 8
     blocks: int = 1
 
     @classmethod
@@ -47,33 +52,41 @@ class BackwardTiles:
             If it cannot.
         """
         columns, tiles = column_bucket(problem), plan.tiles
-        across = 4 if columns == 16 else 16 if columns % 64 == 0 else 8
-        down = THREADS // across
-        multiple = max(GRID, down)
-        if tiles.q % multiple or tiles.kv % multiple or tiles.q > THREADS:
-            raise ValueError(
-                f"plan.tiles=({tiles.q}, {tiles.kv}): the backward kernels for {columns} columns take queries and keys "
-                f"in multiples of {multiple}, queries up to {THREADS}"
-            )
-        made = cls(columns=columns, query_rows=tiles.q, key_rows=tiles.kv)
-        width = columns // across
-        numbers = (2 * tiles.kv + tiles.q) // down * width + tiles.q // GRID * (tiles.kv // GRID)
-        if numbers > NUMBERS_PER_THREAD:
-            raise ValueError(
-                f"plan.tiles=({tiles.q}, {tiles.kv}): the backward kernels for {columns} columns take up to "
-                f"{NUMBERS_PER_THREAD} numbers a thread, and these tiles have {numbers}"
-            )
-        if not fits(hardware, made.shared_bytes):
-            raise too_large(tiles, columns, hardware)
-        return made
+        for warps in (8, 4):
+            made = cls(columns=columns, query_rows=tiles.q, key_rows=tiles.kv, warps=warps)
+            if made._is_shared_evenly and made._numbers_per_thread <= NUMBERS_PER_THREAD:
+                if not fits(hardware, made.shared_bytes):
+                    raise too_large(tiles, columns, hardware)
+                return made
+        down = 128 // ACROSS[columns]
+        raise ValueError(
+            f"plan.tiles=({tiles.q}, {tiles.kv}): the backward kernels for {columns} columns take 8, 16 or multiples "
+            f"of 32 queries, up to 256, and 16, 32 or multiples of 64 keys, both in multiples of {down}, and keep up "
+            f"to {NUMBERS_PER_THREAD} numbers a thread"
+        )
+
+    @property
+    def _is_shared_evenly(self) -> bool:
+        down, scores_down = self.threads // ACROSS[self.columns], self.threads // SCORES_ACROSS
+        if self.query_rows % max(down, scores_down) or self.key_rows % max(down, SCORES_ACROSS):
+            return False
+        score_rows, score_keys = self.query_rows // scores_down, self.key_rows // SCORES_ACROSS
+        grouped = all(count in (1, 2) or count % 4 == 0 for count in (score_rows, score_keys))
+        return grouped and self.query_rows <= self.threads and self.query_rows % 8 == 0
+
+    @property
+    def _numbers_per_thread(self) -> int:
+        width, down = self.columns // ACROSS[self.columns], self.threads // ACROSS[self.columns]
+        scores = self.query_rows * self.key_rows // self.threads
+        return 2 * self.key_rows // down * width + max(scores, self.query_rows // down * width)
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return THREADS
+        return 32 * self.warps
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block: tiles of q, k, v and dout, the scores, three statistics, in float32."""
-        rows = 2 * (self.query_rows + self.key_rows) * (self.columns + 4)
-        return 4 * (rows + self.query_rows * (self.key_rows + 8) + 3 * self.query_rows)
+        rows = 2 * (self.query_rows + self.key_rows) * self.columns
+        return 4 * (rows + self.query_rows * (self.key_rows + 4) + 3 * self.query_rows)

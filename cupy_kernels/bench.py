@@ -3,11 +3,11 @@
 ``python -m cupy_kernels.bench --output FILE.json --plot FILE.svg``; with ``--read FILE.json`` the table and plot of an
 earlier run.
 
-Protocol: device times between events; inputs drawn from N(0, 1) and rotated among copies that together exceed twice the
-L2 cache, so that no launch finds its inputs there; every contender is warmed up and then timed in turn, one launch after
-the other, ``--rounds`` times; medians. FLOPs are counted 4 · batch · heads · q_len · kv_len · head_dim forward and 10
-times that product backward, halved for a causal mask. The peak is a measured loop of fused multiply-adds. GB/s are the
-bytes that the program moves between memory and multiprocessors, as counted, over the time.
+Protocol: device times between events; inputs drawn from N(0, 1) and rotated among copies that together exceed twice
+the L2 cache, so that no launch finds its inputs there; every contender is warmed up and then timed in turn, one launch
+after the other, ``--rounds`` times; medians. FLOPs are counted 4 · batch · heads · q_len · kv_len · head_dim forward
+and 10 times that product backward, halved for a causal mask. The peak is a measured loop of fused multiply-adds. GB/s
+are the bytes that the program moves between memory and multiprocessors, as counted, over the time.
 """
 
 from __future__ import annotations
@@ -350,7 +350,9 @@ def plot(report: dict[str, Any], dtype: str = "float32") -> Any:
                 if (row["direction"], row["causal"], row["head_dim"]) == (direction, causal, head_dim)
             ]
             for index, name in enumerate(names):
-                points = sorted((row["length"], row["teraflops_per_second"]) for row in found if row["contender"] == name)
+                points = sorted(
+                    (row["length"], row["teraflops_per_second"]) for row in found if row["contender"] == name
+                )
                 if points:
                     axes.plot(
                         *zip(*points, strict=True),
@@ -374,10 +376,8 @@ def plot(report: dict[str, Any], dtype: str = "float32") -> Any:
     for axes in panels.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             labelled.setdefault(label, handle)
-    figure.legend(
-        labelled.values(), labelled.keys(), loc="outside right upper", fontsize=8, frameon=False, title=report["device"],
-        title_fontsize=8,
-    )  # fmt: skip
+    style: dict[str, Any] = {"loc": "outside right upper", "fontsize": 8, "frameon": False, "title_fontsize": 8}
+    figure.legend(labelled.values(), labelled.keys(), title=report["device"], **style)
     return figure
 
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 from cupy_kernels import elementwise, flash2
 from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.backward_tiles import BackwardTiles
-from cupy_kernels.forward_tiles import ForwardTiles, first_that_fits
+from cupy_kernels.forward_tiles import ForwardTiles, first_that_fits, too_large
 from cupy_kernels.gradients import GRID_HEADS, GroupedGradient
+from cupy_kernels.parameters import column_bucket
 from cupy_kernels.program import (
     Access,
     Array,
@@ -53,11 +54,15 @@ def default_forward_plan(problem: AttentionProblem, hardware: Hardware, determin
 
 
 def default_backward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> Flash1Plan:
-    """Return the largest tiles that fit the device's shared memory."""
-    tiles = first_that_fits(
-        list(BACKWARD_TILES), lambda tiles: BackwardTiles.of(problem, Flash1Plan(tiles=tiles), hardware)
-    )
-    return Flash1Plan(tiles=tiles)
+    """Return the largest tiles that fit the device's shared memory, as the program has them: with one of the output."""
+
+    def check(tiles: Tiles) -> None:
+        BackwardTiles.of(problem, Flash1Plan(tiles=tiles), hardware)
+        tile_bytes = 4 * (2 * tiles.kv + 3 * tiles.q) * max(problem.head_dim, problem.value_dim)
+        if tile_bytes > hardware.sram_bytes_per_block:
+            raise too_large(tiles, column_bucket(problem), hardware)
+
+    return Flash1Plan(tiles=first_that_fits(list(BACKWARD_TILES), check))
 
 
 # Programs

@@ -5,12 +5,14 @@ The twin of :mod:`simattn.algorithms.flash2`.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from cupy_kernels import elementwise
 from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.backward_tiles import BackwardTiles
 from cupy_kernels.forward_tiles import ForwardTiles, first_that_fits
-from cupy_kernels.parameters import check_supported, column_bucket
 from cupy_kernels.gradients import GRID_HEADS, GroupedGradient
+from cupy_kernels.parameters import check_supported, column_bucket
 from cupy_kernels.program import (
     Access,
     Kernel,
@@ -49,7 +51,7 @@ BACKWARD_TILES: dict[int, Tiles] = {
     32: Tiles(q=128, kv=128),
     64: Tiles(q=128, kv=128),
     96: Tiles(q=64, kv=128),
-    128: Tiles(q=64, kv=64),
+    128: Tiles(q=64, kv=128),
     192: Tiles(q=64, kv=64),
     256: Tiles(q=32, kv=64),
 }
@@ -58,6 +60,9 @@ BACKWARD_TILES: dict[int, Tiles] = {
 SMALLER_BACKWARD_TILES = (Tiles(q=64, kv=64), Tiles(q=32, kv=64), Tiles(q=32, kv=32), Tiles(q=16, kv=16))
 """Tiles for devices with too little shared memory for the best ones, from large to small."""
 
+DQ_ACCESS: dict[str, Access | Literal[""]] = {"deterministic": "", "reduce": "a", "load_add_store": "rw"}
+"""What the kernel of dK and dV does to the sums of dQ, in the order that its macro DQ_MODE counts."""
+
 # Plans
 
 
@@ -65,9 +70,7 @@ def default_forward_plan(problem: AttentionProblem, hardware: Hardware, determin
     """Return the best tiles that fit the device's shared memory."""
     best = FORWARD_TILES[column_bucket(problem)]
     smaller = [tiles for tiles in SMALLER_TILES if tiles.q * tiles.kv < best.q * best.kv]
-    tiles = first_that_fits(
-        [best, *smaller], lambda tiles: forward_kernel(problem, Flash2Plan(tiles=tiles), hardware)
-    )
+    tiles = first_that_fits([best, *smaller], lambda tiles: forward_kernel(problem, Flash2Plan(tiles=tiles), hardware))
     return Flash2Plan(tiles=tiles)
 
 
@@ -118,22 +121,21 @@ def key_gradients_kernel(
     problem: AttentionProblem, plan: Flash2Plan, hardware: Hardware, total: GroupedGradient
 ) -> Kernel:
     """Return the build of the kernel of dK and dV, which adds up dQ too unless the plan is deterministic."""
-    if plan.dq == "load_add_store":
-        raise ValueError("plan.dq='load_add_store': there are kernels for 'reduce' and 'deterministic'")
     tiles = BackwardTiles.of(problem, plan, hardware)
-    reduces = plan.dq == "reduce"
     inputs: tuple[tuple[str, Access], ...] = tuple((name, "r") for name in ("q", "k", "v", "dout", "lse", "delta"))
     return Kernel(
         source="flash2_backward.cu",
         function="flash2_key_gradients",
         macros=macros(
-            storage=problem.dtype, **vars(tiles), grid_heads=GRID_HEADS.index(total.grouped),
-            **({"reduce_dq": 1} if reduces else {}),
+            storage=problem.dtype,
+            **vars(tiles),
+            grid_heads=GRID_HEADS.index(total.grouped),
+            dq_mode=list(DQ_ACCESS).index(plan.dq),
         ),
         threads=tiles.threads,
         shared_bytes=tiles.shared_bytes,
-        accesses=(*inputs, ("dq_accumulator", "a" if reduces else ""), ("dk", total.access), ("dv", total.access)),
-    )  # fmt: skip
+        accesses=(*inputs, ("dq_accumulator", DQ_ACCESS[plan.dq]), ("dk", total.access), ("dv", total.access)),
+    )
 
 
 def query_gradients_kernel(problem: AttentionProblem, plan: Flash2Plan, hardware: Hardware) -> Kernel:
@@ -143,7 +145,7 @@ def query_gradients_kernel(problem: AttentionProblem, plan: Flash2Plan, hardware
     return Kernel(
         source="flash2_backward.cu",
         function="flash2_query_gradients",
-        macros=macros(storage=problem.dtype, **vars(tiles), grid_heads=0),
+        macros=macros(storage=problem.dtype, **vars(tiles), grid_heads=0, dq_mode=0),
         threads=tiles.threads,
         shared_bytes=tiles.shared_bytes,
         accesses=(*inputs, ("dq", "w")),
@@ -160,8 +162,10 @@ def backward(problem: AttentionProblem, plan: Flash2Plan, hardware: Hardware) ->
     dq, dk, dv = gradients(problem)
     dk_total, dv_total = (GroupedGradient.of(problem, plan, target) for target in (dk, dv))
     sums = query_matrix(problem, "dq_accumulator", problem.head_dim, "workspace", "float32")
-    key_blocks = ceil_div(problem.kv_len, plan.tiles.kv) * problem.batch
-    key_blocks *= problem.kv_heads if dk_total.grouped == "loop" else problem.heads
+    key_tiles = ceil_div(problem.kv_len, plan.tiles.kv)
+    if plan.dq == "load_add_store":
+        key_tiles = min(key_tiles, 1)  # a thread block walks them all
+    key_blocks = key_tiles * problem.batch * (problem.kv_heads if dk_total.grouped == "loop" else problem.heads)
     query_blocks = ceil_div(problem.q_len, plan.tiles.q) * problem.batch * problem.heads
     # The kernel does not touch the sums of dQ where a second one computes it: any array stands for them.
     adds_to = "dq" if plan.dq == "deterministic" else "dq_accumulator"

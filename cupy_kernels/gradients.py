@@ -1,5 +1,6 @@
-"""dK and dV, summed over the query heads of a KV head in the way that a plan says; the twin of
-:class:`simattn.algorithms.kernels.GroupedGradient`.
+"""dK and dV, summed over the query heads of a KV head in the way that a plan says.
+
+The twin of :class:`simattn.algorithms.kernels.GroupedGradient`.
 """
 
 from __future__ import annotations

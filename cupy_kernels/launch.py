@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
-import numpy as np
-
 from cupy_kernels import compiler
 from cupy_kernels.arrays import check_output, check_pointer, check_strides, extent, require_cupy
 from cupy_kernels.compiler import Variant
@@ -209,7 +207,7 @@ class Launch:
         for step in self.steps:
             filled = step.parameters.copy()  # one for each call: other threads launch at the same time
             counters = 0 if counted is None else counted.buffer(self.device, step.counters).data.ptr
-            step.write_addresses(filled, 0, *[addresses[slot] for slot in step.slots], counters)
+            step.write_addresses(filled.data, 0, *[addresses[slot] for slot in step.slots], counters)
             step.function(step.grid, step.block, (filled,), step.shared_bytes)  # type: ignore[misc]
 
     def check_addresses(self, addresses: list[int]) -> None:

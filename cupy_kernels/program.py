@@ -1,19 +1,19 @@
-"""Programs: which kernels run one after the other, and on which arrays. The same program runs on a GPU and in the CPU
-build.
+"""Programs: which kernels run one after the other, and on which arrays.
+
+The same program runs on a GPU and in the CPU build.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from cupy_kernels.compiler import Variant
 from cupy_kernels.parameters import Operand, struct_of
-from simattn.algorithms.algorithm import Direction
 from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype
 from simattn.problem import AttentionProblem
 from simattn.sums import ceil_div
@@ -167,7 +167,7 @@ class Step:
     kernel: Kernel
     blocks: int
     arrays: tuple[str, ...]
-    operand: Operand = Operand()
+    operand: Operand = field(default_factory=Operand)
 
     def __post_init__(self) -> None:
         if len(self.arrays) != len(self.kernel.accesses):

@@ -32,6 +32,9 @@ from simattn.sums import ceil_div
 CHUNK = 32
 """Contracted numbers that the kernels of products have on chip at once."""
 
+MULTIPLES = (64, 128)
+"""Rows and columns of large tiles of products."""
+
 # Plans
 
 
@@ -95,6 +98,7 @@ def check_plan(problem: AttentionProblem, plan: StandardPlan, hardware: Hardware
 def product(
     function: str,
     tile: tuple[int, int],
+    plan: StandardPlan,
     problem: AttentionProblem,
     arrays: tuple[tuple[str, Array, Access], ...],
     blocks: int,
@@ -110,8 +114,8 @@ def product(
         Its name.
     tile
         Rows and columns of a tile of the result.
-    problem
-        The problem.
+    plan, problem
+        What it runs.
     arrays
         The kernel's name for each array, the array, and what the kernel does to it.
     blocks
@@ -124,10 +128,12 @@ def product(
         Further macros.
     """
     rows, across = tile
-    if not (rows == 32 or rows % 64 == 0) or not (across in (16, 32, 96) or across % 64 == 0):
+    narrow = (32,) if function == "standard_square" else (16, 32, 96)
+    if not (rows == 32 or rows in MULTIPLES) or not (across in narrow or across in MULTIPLES):
+        tiles = plan.tiles
         raise ValueError(
-            f"{function} has no tile of {rows} by {across}: expected plan.tiles of 32 or multiples of 64, and a depth "
-            "of 16, 32, 96 or a multiple of 64"
+            f"plan.tiles=({tiles.q}, {tiles.kv}, {tiles.depth}): {function} has no tile of {rows} by {across}; "
+            f"expected q and kv of 32 or one of {MULTIPLES}, and a depth of None, 16, 32, 96 or one of those"
         )
     scaled = {} if factor is None else {"scaled": 1}
     thread_rows, thread_columns = (4 if size < 64 else 8 for size in tile)
@@ -149,8 +155,12 @@ def square_step(
     """Multiply rows of queries by rows of keys, S = scale · Q Kᵀ or dP = dO Vᵀ."""
     tiles = plan.tiles
     blocks = ceil_div(problem.q_len, tiles.q) * ceil_div(problem.kv_len, tiles.kv) * problem.batch * problem.heads
-    arrays: tuple[tuple[str, Array, Access], ...] = (("left", left, "r"), ("right", right, "r"), ("result", result, "w"))
-    return product("standard_square", (tiles.q, tiles.kv), problem, arrays, blocks, left.columns, factor)
+    arrays: tuple[tuple[str, Array, Access], ...] = (
+        ("left", left, "r"),
+        ("right", right, "r"),
+        ("result", result, "w"),
+    )
+    return product("standard_square", (tiles.q, tiles.kv), plan, problem, arrays, blocks, left.columns, factor)
 
 
 def result_columns(plan: StandardPlan, columns: int) -> int:
@@ -176,7 +186,7 @@ def rows_step(
         ("operand_rows", operand_rows, "r"),
         ("result", result, "w"),
     )
-    return product("standard_rows", (plan.tiles.q, across), problem, arrays, blocks, columns, factor)
+    return product("standard_rows", (plan.tiles.q, across), plan, problem, arrays, blocks, columns, factor)
 
 
 def keys_steps(
@@ -198,7 +208,7 @@ def keys_steps(
         ("result", total.partial, total.access),
     )
     step = product(
-        "standard_keys", (plan.tiles.kv, across), problem, arrays, blocks, columns, factor,
+        "standard_keys", (plan.tiles.kv, across), plan, problem, arrays, blocks, columns, factor,
         grid_heads=GRID_HEADS.index(total.grouped),
     )  # fmt: skip
     return (*total.before, step, *total.after)
@@ -237,14 +247,10 @@ def softmax_step(
         row_columns = max(ONE_PASS_COLUMNS, 1 << (problem.kv_len - 1).bit_length()) if problem.kv_len else 32
         row_threads, block_rows, shared_bytes = _whole_rows(row_columns, 2 if is_gradient else 1, hardware)
         values = {"row_columns": row_columns}
-    elif plan.tiles.kv % 16:
-        raise ValueError(f"plan.tiles.kv={plan.tiles.kv}: the softmax kernels take keys in multiples of 16")
     kernel = Kernel(
         source=f"{function}.cu",
         function=function,
-        macros=macros(
-            storage=problem.dtype, passes=passes, block_rows=block_rows, row_threads=row_threads, **values
-        ),
+        macros=macros(storage=problem.dtype, passes=passes, block_rows=block_rows, row_threads=row_threads, **values),
         threads=block_rows * row_threads,
         shared_bytes=shared_bytes,
         accesses=tuple(zip(names, accesses, strict=True)),

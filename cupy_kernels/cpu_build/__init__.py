@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -274,7 +274,8 @@ def run_program(
         The program's input arrays by name, as callers see them: matrices of shape (batch, length, heads, columns),
         statistics (batch, heads, q_len), squares (batch, heads, q_len, kv_len).
     order
-        In which the threads of a block, and the blocks, run between barriers.
+        In which the threads of a block, and the blocks, run between barriers: "forward", warps side by side; "reverse",
+        each warp as far as it gets; "random".
     copies
         Whether asynchronous copies arrive when they are started or when they are waited for.
     seed

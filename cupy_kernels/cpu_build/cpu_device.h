@@ -343,6 +343,14 @@ inline void check_guard() {
   }
 }
 
+// Whether a warp goes on before others have their turn: never in forward order, so that warps stay together; always in
+// reverse order, so that they are as far apart as barriers let them; by chance in random order.
+inline bool goes_on(const Thread* lanes, Order order) {
+  bool ready = false;
+  for (int lane = 0; lane < WARP_LANES; lane++) ready = ready || lanes[lane].state == State::ready;
+  return ready && (order == Order::reverse || (order == Order::random && next_random() % 4));
+}
+
 inline void run_block(Order order) {
   start_block();
   const int warps = block.threads.size() / WARP_LANES;
@@ -350,14 +358,17 @@ inline void run_block(Order order) {
     bool progressed = unfinished = false;
     for (int warp : permutation(warps, order)) {
       Thread* lanes = &block.threads[warp * WARP_LANES];
-      for (int lane : permutation(WARP_LANES, order)) {
-        if (lanes[lane].state != State::ready) continue;
-        block.running = &lanes[lane];
-        swapcontext(&block.scheduler, &block.running->context);
+      do {
+        for (int lane : permutation(WARP_LANES, order)) {
+          if (lanes[lane].state != State::ready) continue;
+          block.running = &lanes[lane];
+          swapcontext(&block.scheduler, &block.running->context);
+          if (block.message[0]) return;
+          progressed = true;
+        }
+        resolve_warp(lanes);
         if (block.message[0]) return;
-        progressed = true;
-      }
-      resolve_warp(lanes);
+      } while (goes_on(lanes, order));
     }
     resolve_barrier();
     if (!progressed) check_progress();

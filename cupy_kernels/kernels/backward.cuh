@@ -1,21 +1,22 @@
 // What the backward kernels share: how the threads of a block share a tile of queries and a tile of keys, and the
 // stages that recompute its probabilities and take it into the gradients.
 //
-// The order of every sum is fixed and depends on no tile:
-//   scores     one chain of fused multiply-adds per element, columns ascending, from +0; times scale * log2(e)
-//   dP         one such chain over the columns of dO and V
-//   dV, dK     one chain per element, queries ascending, the heads of a group one after the other
-//   dQ         one chain per element, keys ascending
-// Hidden elements take no part.
+// The order of every sum is fixed and depends on no tile but where it says so:
+//   scores  one chain of fused multiply-adds per element, columns ascending, from +0; times scale * log2(e)
+//   dP      one such chain over the columns of dO and V
+//   dV, dK  one chain per element, queries ascending, the heads of a group one after the other
+//   dQ      one chain per element and tile of keys, keys ascending
+// Hidden elements take no part: they are computed like the others, and never read.
 //
 // Macros:
+//   GRID_HEADS     for kernels of dK and dV, 0: a thread block serves a KV head, all its query heads in turn; 1: one query
+//                  head, which has gradients of its own; 2: one query head, and adds to its KV head's sums in float32
 //   STORAGE        float32, float16 or bfloat16
 //   COLUMNS        smallest of 16, 32, 64, 96, 128, 192, 256 that holds head_dim and value_dim
 //   QUERY_ROWS     query rows of a tile
 //   KEY_ROWS       keys of a tile
+//   WARPS          of a thread block: 4 or 8
 //   BLOCKS         thread blocks that a multiprocessor is to hold at once
-//   GRID_HEADS     for kernels of dK and dV, 0: a thread block serves a KV head, all its query heads in turn; 1: one query
-//                  head, which has gradients of its own; 2: one query head, and adds to its KV head's sums in float32
 //   COUNT_TRAFFIC  if defined, bytes moved are added to `counters`
 #pragma once
 
@@ -31,36 +32,53 @@ using KeyGradient = Stored;
 #endif
 
 constexpr int WARP = 32;
-constexpr int THREADS = 256;
+constexpr int THREADS = WARP * WARPS;
 
-// Scores: a thread has rows GRID apart and keys GRID apart. Warps are 4 by 8 threads.
-constexpr int GRID = 16;
-constexpr int SCORE_ROWS = QUERY_ROWS / GRID;
-constexpr int SCORE_KEYS = KEY_ROWS / GRID;
+// Scores: 16 threads share a row. A thread has groups of adjacent rows and of adjacent keys.
+constexpr int SCORES_ACROSS = 16;
+constexpr int SCORES_DOWN = THREADS / SCORES_ACROSS;
+constexpr int SCORE_ROWS = QUERY_ROWS / SCORES_DOWN;
+constexpr int SCORE_KEYS = KEY_ROWS / SCORES_ACROSS;
 
-// Gradients: threads across the columns, each with vectors of four, and down the rows.
-constexpr int ACROSS = COLUMNS == 16 ? 4 : COLUMNS % 64 == 0 ? 16 : 8;
+constexpr int vector_of(int numbers) { return numbers % 4 == 0 ? 4 : numbers % 2 == 0 ? 2 : 1; }
+
+constexpr int ROW_GROUP = vector_of(SCORE_ROWS);
+constexpr int KEY_GROUP = vector_of(SCORE_KEYS);
+
+// Gradients: a thread has vectors of four columns of some rows.
+constexpr int ACROSS = COLUMNS == 96 ? 8 : COLUMNS % 64 ? COLUMNS / 4 : COLUMNS == 256 ? 32 : 16;
 constexpr int DOWN = THREADS / ACROSS;
-constexpr int WIDTH = COLUMNS / ACROSS;  // columns of a thread
+constexpr int WIDTH = COLUMNS / ACROSS;
 constexpr int THREAD_KEYS = KEY_ROWS / DOWN;
 constexpr int THREAD_QUERIES = QUERY_ROWS / DOWN;
-constexpr int KEY_VECTOR = THREAD_KEYS % 4 == 0 ? 4 : THREAD_KEYS % 2 == 0 ? 2 : 1;  // adjacent keys of a thread
 
-// Shared memory in floats. Rows are padded, so that lanes that read vectors of adjacent rows meet no bank twice.
-constexpr int ROW_STRIDE = COLUMNS + 4;
-constexpr int SCORE_STRIDE = KEY_ROWS + 8;
+// Columns that a loop of the scores takes, and query rows or keys that one of the gradients takes, at a time: enough for
+// some 256 products of a thread.
+constexpr int COLUMNS_AT_ONCE = SCORE_ROWS * SCORE_KEYS < 64 ? 8 : 4;
+constexpr int ROWS_AT_ONCE = THREAD_KEYS * WIDTH < 64 ? 8 : 4;
+constexpr int KEYS_AT_ONCE = THREAD_QUERIES * WIDTH < 64 ? 8 : 4;
+
+// Shared memory in floats. Vectors of four columns change places, so that lanes that read vectors of rows four apart
+// meet no bank twice; there is no room for padding. Rows of scores are padded for lanes that read rows one apart, or
+// write rows four apart.
+constexpr int SWIZZLE = COLUMNS < 32 ? COLUMNS / 4 : 8;
+constexpr int SCORE_STRIDE = KEY_ROWS + 4;
 constexpr int K_OFFSET = 0;
-constexpr int V_OFFSET = K_OFFSET + KEY_ROWS * ROW_STRIDE;
-constexpr int Q_OFFSET = V_OFFSET + KEY_ROWS * ROW_STRIDE;
-constexpr int DOUT_OFFSET = Q_OFFSET + QUERY_ROWS * ROW_STRIDE;
-constexpr int SCORES_OFFSET = DOUT_OFFSET + QUERY_ROWS * ROW_STRIDE;
+constexpr int V_OFFSET = K_OFFSET + KEY_ROWS * COLUMNS;
+constexpr int Q_OFFSET = V_OFFSET + KEY_ROWS * COLUMNS;
+constexpr int DOUT_OFFSET = Q_OFFSET + QUERY_ROWS * COLUMNS;
+constexpr int SCORES_OFFSET = DOUT_OFFSET + QUERY_ROWS * COLUMNS;
 constexpr int BASE_OFFSET = SCORES_OFFSET + QUERY_ROWS * SCORE_STRIDE;  // of the exponents, one for each query row
 constexpr int DELTA_OFFSET = BASE_OFFSET + QUERY_ROWS;
 constexpr int DIVISOR_OFFSET = DELTA_OFFSET + QUERY_ROWS;
 constexpr int SHARED_BYTES = 4 * (DIVISOR_OFFSET + QUERY_ROWS);
 
-static_assert(QUERY_ROWS % GRID == 0 && KEY_ROWS % GRID == 0, "threads share the scores evenly");
+static_assert(WARPS == 4 || WARPS == 8, "scores have 8 or 16 threads down");
+static_assert(QUERY_ROWS % SCORES_DOWN == 0 && KEY_ROWS % SCORES_ACROSS == 0, "threads share the scores evenly");
+static_assert(SCORE_ROWS == ROW_GROUP || ROW_GROUP == 4, "a thread's rows have one swizzle");
+static_assert(SCORE_KEYS == KEY_GROUP || KEY_GROUP == 4, "a thread's keys have one swizzle");
 static_assert(QUERY_ROWS % DOWN == 0 && KEY_ROWS % DOWN == 0, "threads share the gradients evenly");
+static_assert(QUERY_ROWS % ROWS_AT_ONCE == 0 && KEY_ROWS % KEYS_AT_ONCE == 0, "loops take whole tiles");
 static_assert(QUERY_ROWS <= THREADS, "a thread has the statistics of one row");
 
 using Scores = float[SCORE_ROWS][SCORE_KEYS];
@@ -68,44 +86,106 @@ using Scores = float[SCORE_ROWS][SCORE_KEYS];
 template <int ROWS>
 using Gradient = float[ROWS][WIDTH];
 
-// Where a thread stands among those that share a tile `across` threads wide.
-template <int THREADS_ACROSS>
+// Where a thread stands among those that share a tile, `TILE_ACROSS` of them side by side. The lanes of a warp are in
+// such an order that lanes 1 apart read the same of one operand and lanes 2 apart the same of the other: then shared
+// memory serves vectors of 16 lanes at once, else of 8.
+template <int TILE_ACROSS>
 struct Place {
-  static constexpr int LANES_ACROSS = THREADS_ACROSS < 8 ? THREADS_ACROSS : 8;
+  static constexpr int LANES_ACROSS = TILE_ACROSS < 8 ? TILE_ACROSS : 8;
   static constexpr int LANES_DOWN = WARP / LANES_ACROSS;
-  static constexpr int WARPS_ACROSS = THREADS_ACROSS / LANES_ACROSS;
+  static constexpr int WARPS_ACROSS = TILE_ACROSS / LANES_ACROSS;
   int across, down;
+  int warp_down, lane_down;
 
   DEVICE Place() {
     const int lane = threadIdx.x % WARP, warp = warp_index();
-    across = warp % WARPS_ACROSS * LANES_ACROSS + lane % LANES_ACROSS;
-    down = warp / WARPS_ACROSS * LANES_DOWN + lane / LANES_ACROSS;
+    across = warp % WARPS_ACROSS * LANES_ACROSS + lane / 2 % LANES_ACROSS;
+    warp_down = warp / WARPS_ACROSS;
+    lane_down = lane % 2 + lane / (2 * LANES_ACROSS) * 2;
+    down = warp_down * LANES_DOWN + lane_down;
   }
 };
 
-using ScorePlace = Place<GRID>;
+using ScorePlace = Place<SCORES_ACROSS>;
 using GradientPlace = Place<ACROSS>;
 
-// The i-th key of a thread.
-DEVICE int key_of(int down, int i) { return i / KEY_VECTOR * (DOWN * KEY_VECTOR) + down * KEY_VECTOR + i % KEY_VECTOR; }
+// A thread's i-th row of the scores, and its j-th key.
+DEVICE int score_row(int down, int i) {
+  return i / ROW_GROUP * (ROW_GROUP * SCORES_DOWN) + ROW_GROUP * down + i % ROW_GROUP;
+}
+
+DEVICE int score_key(int across, int j) {
+  return j / KEY_GROUP * (KEY_GROUP * SCORES_ACROSS) + KEY_GROUP * across + j % KEY_GROUP;
+}
+
+// A thread's i-th row of a gradient of the queries. Of the keys' gradients it has adjacent rows.
+DEVICE int query_of(const GradientPlace& place, int i) {
+  return place.warp_down * (GradientPlace::LANES_DOWN * THREAD_QUERIES) + GradientPlace::LANES_DOWN * i +
+         place.lane_down;
+}
+
+struct Range {
+  int begin, stop;
+};
+
+// Query rows or keys of which some keys or rows see any, and those of which they see all, in multiples of AT_ONCE; these
+// begin at -1 if there are none.
+template <int AT_ONCE>
+struct Visible {
+  Range any, all;
+
+  DEVICE Visible(Range any, Range seen) : any(any) {
+    all.begin = (max(seen.begin, any.begin) + AT_ONCE - 1) & -AT_ONCE, all.stop = min(seen.stop, any.stop) & -AT_ONCE;
+    if (all.begin >= all.stop) all.begin = -1;
+  }
+};
 
 // Which elements of a tile are seen; rows and keys count from its first.
 struct Band {
   int first, last;  // key minus row
   int rows, keys;   // of the tile that there are
-  bool full;        // all of it
 
   // `position` is the key at which row 0 stands.
   DEVICE Band(const Problem& problem, int position, int rows_left, int keys_left) {
     first = position - problem.window_left, last = position + problem.window_right;
     rows = min(QUERY_ROWS, rows_left), keys = min(KEY_ROWS, keys_left);
-    full = rows == QUERY_ROWS && keys == KEY_ROWS && first + QUERY_ROWS - 1 <= 0 && last >= KEY_ROWS - 1;
   }
 
-  DEVICE bool sees(int row, int key) const {
-    return row < rows && key < keys && key - row >= first && key - row <= last;
+  DEVICE bool sees(int row, int key) const { return key - row >= first && key - row <= last; }
+
+  // What sees or is seen by the keys, or rows, from `begin` to `end` inclusive.
+  DEVICE Visible<ROWS_AT_ONCE> rows_of_keys(int begin, int end) const {
+    return {{max(0, begin - last), min(rows, end - first + 1)}, {end - last, begin - first + 1}};
+  }
+
+  DEVICE Visible<KEYS_AT_ONCE> keys_of_rows(int begin, int end) const {
+    return {{max(0, begin + first), min(keys, end + last + 1)}, {end + first, begin + last + 1}};
   }
 };
+
+template <int COUNT>
+DEVICE void load_adjacent(float* numbers, const float* from) {
+  if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) {
+      const float4 four = load_4(from + i);
+      numbers[i] = four.x, numbers[i + 1] = four.y, numbers[i + 2] = four.z, numbers[i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) numbers[i] = from[i];
+  }
+}
+
+template <int COUNT>
+DEVICE void store_adjacent(float* to, const float* numbers) {
+  if constexpr (COUNT == 4) {
+    store_4(to, make_float4(numbers[0], numbers[1], numbers[2], numbers[3]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) to[i] = numbers[i];
+  }
+}
 
 template <int SIZE, int COUNT>
 DEVICE void clear(float (&numbers)[SIZE][COUNT]) {
@@ -115,177 +195,266 @@ DEVICE void clear(float (&numbers)[SIZE][COUNT]) {
     for (int j = 0; j < COUNT; j++) numbers[i][j] = 0.0f;
 }
 
-// scores = rows keys^T over the columns.
+// Start to copy a tile of a matrix; `rows` are those it has from there on.
+template <int ROWS>
+DEVICE void start_tile(
+    float* tile, const Stored* from, const Strides& strides, int rows, int columns, unsigned long long* counter) {
+  TileCopy<ROWS, COLUMNS, COLUMNS, THREADS, SWIZZLE>::start(tile, from, strides.row, rows, columns, counter);
+}
+
+// scores = rows keys^T over the columns, which are a multiple of 8.
 DEVICE void multiply_rows(Scores& scores, const float* rows, const float* keys, const ScorePlace& place, int columns) {
-  const float* const a = rows + place.down * ROW_STRIDE;
-  const float* const b = keys + place.across * ROW_STRIDE;
+  const int row = score_row(place.down, 0), key = score_key(place.across, 0);
+  const float* const a = rows + row * COLUMNS;
+  const float* const b = keys + key * COLUMNS;
   clear(scores);
 #pragma unroll 1
-  for (int column = 0; column < columns; column += 4) {
-    float4 left[SCORE_ROWS];
+  for (int begin = 0; begin < columns; begin += COLUMNS_AT_ONCE) {
 #pragma unroll
-    for (int i = 0; i < SCORE_ROWS; i++) left[i] = load_4(a + GRID * i * ROW_STRIDE + column);
+    for (int column = begin; column < begin + COLUMNS_AT_ONCE; column += 4) {
+      const float* const left_column = a + swizzled<SWIZZLE>(row, column);
+      const float* const right_column = b + swizzled<SWIZZLE>(key, column);
+      float left[SCORE_ROWS][4];
 #pragma unroll
-    for (int j = 0; j < SCORE_KEYS; j++) {
-      const float4 right = load_4(b + GRID * j * ROW_STRIDE + column);
+      for (int i = 0; i < SCORE_ROWS; i++) load_vector(left[i], left_column + score_row(0, i) * COLUMNS);
 #pragma unroll
-      for (int i = 0; i < SCORE_ROWS; i++) scores[i][j] = __fmaf_rn(left[i].x, right.x, scores[i][j]);
+      for (int j = 0; j < SCORE_KEYS; j++) {
+        float right[4];
+        load_vector(right, right_column + score_key(0, j) * COLUMNS);
 #pragma unroll
-      for (int i = 0; i < SCORE_ROWS; i++) scores[i][j] = __fmaf_rn(left[i].y, right.y, scores[i][j]);
+        for (int e = 0; e < 4; e++)
 #pragma unroll
-      for (int i = 0; i < SCORE_ROWS; i++) scores[i][j] = __fmaf_rn(left[i].z, right.z, scores[i][j]);
-#pragma unroll
-      for (int i = 0; i < SCORE_ROWS; i++) scores[i][j] = __fmaf_rn(left[i].w, right.w, scores[i][j]);
+          for (int i = 0; i < SCORE_ROWS; i++) scores[i][j] = __fmaf_rn(left[i][e], right[e], scores[i][j]);
+      }
     }
   }
 }
 
-// Replace scores by their probabilities 2^(scores - base), over the row's divisor if DIVIDED; hidden ones by 0.
+// Replace scores by their probabilities 2^(scores * scale_log2 - base), over the row's divisor if DIVIDED.
 template <bool DIVIDED>
-DEVICE void exponentiate(
-    Scores& scores, const float* shared, float scale_log2, const ScorePlace& place, const Band& band) {
+DEVICE void exponentiate(Scores& scores, const float* shared, float scale_log2, const ScorePlace& place) {
 #pragma unroll
   for (int i = 0; i < SCORE_ROWS; i++) {
-    const int row = place.down + GRID * i;
+    const int row = score_row(place.down, i);
     const float base = shared[BASE_OFFSET + row], divisor = DIVIDED ? shared[DIVISOR_OFFSET + row] : 1.0f;
 #pragma unroll
     for (int j = 0; j < SCORE_KEYS; j++) {
       // A modification of the scores would go here.
       const float power = exp2_polynomial(__fsub_rn(__fmul_rn(scores[i][j], scale_log2), base));
-      const bool seen = band.full || band.sees(row, place.across + GRID * j);
-      scores[i][j] = !seen ? 0.0f : DIVIDED ? __fdiv_rn(power, divisor) : power;
+      scores[i][j] = DIVIDED ? __fdiv_rn(power, divisor) : power;
     }
   }
 }
 
 DEVICE void store_scores(float* tile, const Scores& scores, const ScorePlace& place) {
+  float* const to = tile + score_row(place.down, 0) * SCORE_STRIDE + score_key(place.across, 0);
 #pragma unroll
   for (int i = 0; i < SCORE_ROWS; i++)
 #pragma unroll
-    for (int j = 0; j < SCORE_KEYS; j++) {
-      tile[(place.down + GRID * i) * SCORE_STRIDE + place.across + GRID * j] = scores[i][j];
+    for (int j = 0; j < SCORE_KEYS; j += KEY_GROUP) {
+      store_adjacent<KEY_GROUP>(to + score_row(0, i) * SCORE_STRIDE + score_key(0, j), &scores[i][j]);
     }
 }
 
-// Replace dP by dS = P (dP - delta), times the factor if SCALED; hidden elements by 0. P is in shared memory.
+// Replace dP by dS = P (dP - delta), times the factor if SCALED. P is what this thread has stored.
 template <bool SCALED>
-DEVICE void differentiate(
-    Scores& dscores, const float* shared, float factor, const ScorePlace& place, const Band& band) {
+DEVICE void differentiate(Scores& dscores, const float* shared, float factor, const ScorePlace& place) {
+  const float* const probabilities =
+      shared + SCORES_OFFSET + score_row(place.down, 0) * SCORE_STRIDE + score_key(place.across, 0);
 #pragma unroll
   for (int i = 0; i < SCORE_ROWS; i++) {
-    const int row = place.down + GRID * i;
-    const float delta = shared[DELTA_OFFSET + row];
+    const float delta = shared[DELTA_OFFSET + score_row(place.down, i)];
 #pragma unroll
-    for (int j = 0; j < SCORE_KEYS; j++) {
-      const int key = place.across + GRID * j;
-      const float probability = shared[SCORES_OFFSET + row * SCORE_STRIDE + key];
-      const float gradient = __fmul_rn(probability, __fsub_rn(dscores[i][j], delta));
-      const bool seen = band.full || band.sees(row, key);
-      dscores[i][j] = !seen ? 0.0f : SCALED ? __fmul_rn(gradient, factor) : gradient;
+    for (int j = 0; j < SCORE_KEYS; j += KEY_GROUP) {
+      float weights[KEY_GROUP];
+      load_adjacent<KEY_GROUP>(weights, probabilities + score_row(0, i) * SCORE_STRIDE + score_key(0, j));
+#pragma unroll
+      for (int e = 0; e < KEY_GROUP; e++) {
+        const float gradient = __fmul_rn(weights[e], __fsub_rn(dscores[i][j + e], delta));
+        dscores[i][j + e] = SCALED ? __fmul_rn(gradient, factor) : gradient;
+      }
     }
   }
 }
 
-// A thread's vectors of four columns of one row.
-DEVICE void load_columns(float (&values)[WIDTH], const float* row, int across) {
+// A thread's columns of a row; the first vector begins at `from`.
+DEVICE void load_columns(float (&values)[WIDTH], const float* from) {
 #pragma unroll
-  for (int c = 0; c < WIDTH; c += 4) {
-    const float4 four = load_4(row + c * ACROSS + 4 * across);
-    values[c] = four.x, values[c + 1] = four.y, values[c + 2] = four.z, values[c + 3] = four.w;
-  }
+  for (int c = 0; c < WIDTH; c += 4) load_adjacent<4>(values + c, from + c * ACROSS);
 }
 
-// Gradient of the keys += weights^T rows, over the tile's query rows: dV from P and dO, dK from dS and Q.
-template <bool MASKED>
-DEVICE void add_part_to_keys(
+// Gradient of the keys += weights^T rows: dV from P and dO, dK from dS and Q.
+DEVICE void add_to_keys(
     Gradient<THREAD_KEYS>& gradient, const float* weights, const float* rows, const GradientPlace& place,
     const Band& band) {
-  const int stop = MASKED ? band.rows : QUERY_ROWS;
-#pragma unroll MASKED ? 1 : 8
-  for (int row = 0; row < stop; row++) {
-    float left[THREAD_KEYS], right[WIDTH];
+  constexpr int WARP_KEYS = GradientPlace::LANES_DOWN * THREAD_KEYS;
+  const int first_key = place.down * THREAD_KEYS, first_column = 4 * place.across;
+  const auto visible = band.rows_of_keys(place.warp_down * WARP_KEYS, (place.warp_down + 1) * WARP_KEYS - 1);
+  weights += first_key;
+  for (int row = visible.any.begin; row < visible.any.stop;) {
+    if (row == visible.all.begin) {
+#pragma unroll 1
+      for (; row < visible.all.stop; row += ROWS_AT_ONCE) {
 #pragma unroll
-    for (int i = 0; i < THREAD_KEYS; i += KEY_VECTOR) {
-      const float* const from = weights + row * SCORE_STRIDE + key_of(place.down, i);
-      if constexpr (KEY_VECTOR == 4) {
-        const float4 four = load_4(from);
-        left[i] = four.x, left[i + 1] = four.y, left[i + 2] = four.z, left[i + 3] = four.w;
-      } else {
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+          float left[THREAD_KEYS], right[WIDTH];
+          load_adjacent<THREAD_KEYS>(left, weights + (row + r) * SCORE_STRIDE);
+          load_columns(right, rows + (row + r) * COLUMNS + swizzled<SWIZZLE>(row + r / 4 * 4, first_column));
 #pragma unroll
-        for (int e = 0; e < KEY_VECTOR; e++) left[i + e] = from[e];
+          for (int i = 0; i < THREAD_KEYS; i++)
+#pragma unroll
+            for (int c = 0; c < WIDTH; c++) gradient[i][c] = __fmaf_rn(left[i], right[c], gradient[i][c]);
+        }
       }
-    }
-    load_columns(right, rows + row * ROW_STRIDE, place.across);
+    } else {
+      float left[THREAD_KEYS], right[WIDTH];
+      load_adjacent<THREAD_KEYS>(left, weights + row * SCORE_STRIDE);
+      load_columns(right, rows + row * COLUMNS + swizzled<SWIZZLE>(row, first_column));
 #pragma unroll
-    for (int i = 0; i < THREAD_KEYS; i++) {
-      if (!MASKED || band.sees(row, key_of(place.down, i))) {
+      for (int i = 0; i < THREAD_KEYS; i++) {
+        if (band.sees(row, first_key + i)) {
 #pragma unroll
-        for (int c = 0; c < WIDTH; c++) gradient[i][c] = __fmaf_rn(left[i], right[c], gradient[i][c]);
+          for (int c = 0; c < WIDTH; c++) gradient[i][c] = __fmaf_rn(left[i], right[c], gradient[i][c]);
+        }
       }
+      row++;
     }
   }
 }
 
-// Gradient of the queries += weights keys, over the tile's keys: dQ from dS and K.
-template <bool MASKED>
-DEVICE void add_part_to_queries(
+// Gradient of the queries += weights keys: dQ from dS and K.
+DEVICE void add_to_queries(
     Gradient<THREAD_QUERIES>& gradient, const float* weights, const float* keys, const GradientPlace& place,
     const Band& band) {
-  const int stop = MASKED ? band.keys : KEY_ROWS;
-#pragma unroll MASKED ? 1 : 2
-  for (int begin = 0; begin < stop; begin += 4) {
-    float4 left[THREAD_QUERIES];
+  constexpr int LANES_DOWN = GradientPlace::LANES_DOWN, WARP_QUERIES = LANES_DOWN * THREAD_QUERIES;
+  const int first_row = query_of(place, 0), first_column = 4 * place.across;
+  const auto visible = band.keys_of_rows(place.warp_down * WARP_QUERIES, (place.warp_down + 1) * WARP_QUERIES - 1);
+  weights += first_row * SCORE_STRIDE;
+  for (int key = visible.any.begin; key < visible.any.stop;) {
+    if (key == visible.all.begin) {
+#pragma unroll 1
+      for (; key < visible.all.stop; key += KEYS_AT_ONCE) {
 #pragma unroll
-    for (int i = 0; i < THREAD_QUERIES; i++) {
-      left[i] = load_4(weights + (place.down + DOWN * i) * SCORE_STRIDE + begin);
-    }
+        for (int begin = key; begin < key + KEYS_AT_ONCE; begin += 4) {
+          const float* const from = keys + begin * COLUMNS + swizzled<SWIZZLE>(begin, first_column);
+          float left[THREAD_QUERIES][4];
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int key = begin + e;
-      if (MASKED && key >= stop) break;
+          for (int i = 0; i < THREAD_QUERIES; i++) {
+            load_vector(left[i], weights + LANES_DOWN * i * SCORE_STRIDE + begin);
+          }
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            float right[WIDTH];
+            load_columns(right, from + e * COLUMNS);
+#pragma unroll
+            for (int i = 0; i < THREAD_QUERIES; i++)
+#pragma unroll
+              for (int c = 0; c < WIDTH; c++) gradient[i][c] = __fmaf_rn(left[i][e], right[c], gradient[i][c]);
+          }
+        }
+      }
+    } else {
       float right[WIDTH];
-      load_columns(right, keys + key * ROW_STRIDE, place.across);
+      load_columns(right, keys + key * COLUMNS + swizzled<SWIZZLE>(key, first_column));
 #pragma unroll
       for (int i = 0; i < THREAD_QUERIES; i++) {
-        if (!MASKED || band.sees(place.down + DOWN * i, key)) {
-          const float weight = e == 0 ? left[i].x : e == 1 ? left[i].y : e == 2 ? left[i].z : left[i].w;
+        const float left = weights[LANES_DOWN * i * SCORE_STRIDE + key];
+        if (band.sees(first_row + LANES_DOWN * i, key)) {
 #pragma unroll
-          for (int c = 0; c < WIDTH; c++) gradient[i][c] = __fmaf_rn(weight, right[c], gradient[i][c]);
+          for (int c = 0; c < WIDTH; c++) gradient[i][c] = __fmaf_rn(left, right[c], gradient[i][c]);
+        }
+      }
+      key++;
+    }
+  }
+}
+
+template <int ROWS>
+DEVICE void multiply(Gradient<ROWS>& gradient, float factor) {
+#pragma unroll
+  for (int i = 0; i < ROWS; i++)
+#pragma unroll
+    for (int c = 0; c < WIDTH; c++) gradient[i][c] = __fmul_rn(gradient[i][c], factor);
+}
+
+// A thread's rows of a gradient in memory, `row_step` apart; `rows` and `columns` are what there is from its first number
+// on.
+template <class Element>
+struct GradientRows {
+  Element* first;
+  long long row_stride;
+  int rows, columns, row_step;
+
+  // Take each vector of four that there is; `take(i, c, address)` has its place in the thread's gradient.
+  template <int ROWS, class Take>
+  DEVICE void visit(const Take& take) const {
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+      if (i * row_step < rows) {
+#pragma unroll
+        for (int c = 0; c < WIDTH; c += 4) {
+          if (c * ACROSS < columns) take(i, c, first + i * row_step * row_stride + c * ACROSS);
         }
       }
     }
   }
+
+  // Store the gradient, rounded to the format, or add it to what is there.
+  template <bool ADDS, int ROWS>
+  DEVICE void hand_in(const Gradient<ROWS>& gradient, unsigned long long* total) const {
+    ByteCounter counter(total);
+    visit<ROWS>([&](int i, int c, Element* address) {
+      const float values[4] = {gradient[i][c], gradient[i][c + 1], gradient[i][c + 2], gradient[i][c + 3]};
+      if constexpr (ADDS) {
+        add_vector(address, values, counter);
+      } else {
+        store_vector(address, values, counter);
+      }
+    });
+    counter.flush();
+  }
+
+  // Load what this block has stored; 0 where there is nothing.
+  template <int ROWS>
+  DEVICE void load(Gradient<ROWS>& gradient, unsigned long long* total) const {
+    ByteCounter counter(total);
+    clear(gradient);
+    visit<ROWS>([&](int i, int c, const Element* address) {
+      float values[4];
+      reload_vector(values, address, counter);
+#pragma unroll
+      for (int e = 0; e < 4; e++) gradient[i][c + e] = values[e];
+    });
+    counter.flush();
+  }
+};
+
+template <class Element>
+DEVICE GradientRows<Element> gradient_rows(
+    Element* array, const Strides& strides, int batch, int head, int row, int rows, int columns, int row_step,
+    const GradientPlace& place) {
+  const int first_column = 4 * place.across;
+  return {row_of(array, strides, batch, head, row) + first_column, strides.row, rows - row, columns - first_column,
+          row_step};
 }
 
-DEVICE void add_to_keys(
-    Gradient<THREAD_KEYS>& gradient, const float* weights, const float* rows, const GradientPlace& place,
-    const Band& band) {
-  if (band.full) {
-    add_part_to_keys<false>(gradient, weights, rows, place, band);
-  } else {
-    add_part_to_keys<true>(gradient, weights, rows, place, band);
-  }
-}
-
-DEVICE void add_to_queries(
-    Gradient<THREAD_QUERIES>& gradient, const float* weights, const float* keys, const GradientPlace& place,
-    const Band& band) {
-  if (band.full) {
-    add_part_to_queries<false>(gradient, weights, keys, place, band);
-  } else {
-    add_part_to_queries<true>(gradient, weights, keys, place, band);
-  }
+template <int ROWS>
+DEVICE void add(Gradient<ROWS>& gradient, const Gradient<ROWS>& other) {
+#pragma unroll
+  for (int i = 0; i < ROWS; i++)
+#pragma unroll
+    for (int c = 0; c < WIDTH; c++) gradient[i][c] = __fadd_rn(gradient[i][c], other[i][c]);
 }
 
 // A key tile of a KV head or of one of its query heads, and the query heads that its thread block walks.
 struct KeyBlock {
-  int batch, first_head, group_size, kv_head;
+  int batch, first_head, stop_head, kv_head;
 
   // Thread blocks of one tile are those of all matrices.
   DEVICE KeyBlock(const Problem& problem, int matrix) {
-    group_size = GRID_HEADS == 0 ? problem.group_size : 1;
-    const int heads = problem.heads / group_size;
-    batch = matrix / heads, first_head = matrix % heads * group_size, kv_head = first_head / problem.group_size;
+    const int group_size = GRID_HEADS == 0 ? problem.group_size : 1, heads = problem.heads / group_size;
+    batch = matrix / heads, first_head = matrix % heads * group_size, stop_head = first_head + group_size;
+    kv_head = first_head / problem.group_size;
   }
 
   DEVICE int result_head() const { return GRID_HEADS == 1 ? first_head : kv_head; }
@@ -295,45 +464,24 @@ struct KeyBlock {
   }
 };
 
-// Tiles of queries of which any row sees any of a tile of keys.
-struct QueryTiles {
-  int first, count;
+// Tiles of queries of which any row sees any of a tile of keys, one query head after the other.
+struct QueryTile {
+  int first_row, stop_row, stop_head;
+  int head, row;  // of the tile at hand
 
-  DEVICE QueryTiles(const Problem& problem, int key) {
+  DEVICE QueryTile(const Problem& problem, const KeyBlock& block, int key) {
     const int shift = problem.kv_len - problem.q_len, stop_key = min(key + KEY_ROWS, problem.kv_len);
     const int first_query = max(0, key - shift - problem.window_right);
-    const int stop_query = min(problem.q_len, stop_key - shift + problem.window_left);
-    first = first_query / QUERY_ROWS;
-    count = first_query < stop_query ? (stop_query + QUERY_ROWS - 1) / QUERY_ROWS - first : 0;
+    stop_row = min(problem.q_len, stop_key - shift + problem.window_left);
+    stop_head = first_query < stop_row ? block.stop_head : block.first_head;
+    first_row = first_query / QUERY_ROWS * QUERY_ROWS;
+    head = block.first_head, row = first_row;
+  }
+
+  DEVICE bool exists() const { return head < stop_head; }
+
+  DEVICE void advance() {
+    row += QUERY_ROWS;
+    if (row >= stop_row) head++, row = first_row;
   }
 };
-
-// Multiply a gradient and store it, or add it, where there are rows and columns for it; `row_in_tile` gives the row of
-// a thread's i-th.
-template <bool ADDS, int ROWS, class Element, class RowInTile>
-DEVICE void hand_out(
-    const Gradient<ROWS>& gradient, Element* to, long long stride, int rows, int columns, float factor, bool scaled,
-    const GradientPlace& place, unsigned long long* total, const RowInTile& row_in_tile) {
-  ByteCounter counter(total);
-#pragma unroll
-  for (int i = 0; i < ROWS; i++) {
-    const int row = row_in_tile(i);
-    if (row < rows) {
-#pragma unroll
-      for (int c = 0; c < WIDTH; c += 4) {
-        const int column = c * ACROSS + 4 * place.across;
-        if (column < columns) {
-          float values[4];
-#pragma unroll
-          for (int e = 0; e < 4; e++) values[e] = scaled ? __fmul_rn(gradient[i][c + e], factor) : gradient[i][c + e];
-          if constexpr (ADDS) {
-            add_vector(to + row * stride + column, values, counter);
-          } else {
-            store_vector(to + row * stride + column, values, counter);
-          }
-        }
-      }
-    }
-  }
-  counter.flush();
-}

@@ -69,7 +69,7 @@ DEVICE void load_statistics(
       for (int column = first_column; column < problem.value_dim; column += SUM_COLUMNS) {
         float left[4], right[4];
         fetch_vector(left, out + column, out_counter);
-        load_vector(right, shared + DOUT_OFFSET + row * ROW_STRIDE + column);
+        load_vector(right, shared + DOUT_OFFSET + row * COLUMNS + swizzled<SWIZZLE>(row, column));
 #pragma unroll
         for (int i = 0; i < 4; i++) sums[i] = __fmaf_rn(left[i], right[i], sums[i]);
       }
@@ -78,31 +78,6 @@ DEVICE void load_statistics(
     if (there && first_column == 0) shared[DELTA_OFFSET + row] = delta;
   }
   out_counter.flush();
-}
-
-// dQ of a thread's rows, from where it waits in memory.
-DEVICE void load_gradient(
-    Gradient<THREAD_QUERIES>& dq, const Sums* from, long long stride, int rows, int columns, const GradientPlace& place,
-    unsigned long long* total) {
-  ByteCounter counter(total);
-  clear(dq);
-#pragma unroll
-  for (int i = 0; i < THREAD_QUERIES; i++) {
-    const int row = place.down + DOWN * i;
-    if (row < rows) {
-#pragma unroll
-      for (int c = 0; c < WIDTH; c += 4) {
-        const int column = c * ACROSS + 4 * place.across;
-        if (column < columns) {
-          float values[4];
-          reload_vector(values, from + row * stride + column, counter);
-#pragma unroll
-          for (int e = 0; e < 4; e++) dq[i][c + e] = values[e];
-        }
-      }
-    }
-  }
-  counter.flush();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -121,30 +96,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   for (int key = 0; key < problem.kv_len; key += KEY_ROWS) {
     // load
-    __syncthreads();  // K and V have been read
-    TileCopy<KEY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-        k, row_of(parameters.k, parameters.k_strides, batch, block.kv_head, key), parameters.k_strides.row,
+    __syncthreads();  // all tiles have been read
+    start_tile<KEY_ROWS>(
+        k, row_of(parameters.k, parameters.k_strides, batch, block.kv_head, key), parameters.k_strides,
         problem.kv_len - key, problem.head_dim, parameters.counters + COUNT_K);
-    TileCopy<KEY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-        v, row_of(parameters.v, parameters.v_strides, batch, block.kv_head, key), parameters.v_strides.row,
+    start_tile<KEY_ROWS>(
+        v, row_of(parameters.v, parameters.v_strides, batch, block.kv_head, key), parameters.v_strides,
         problem.kv_len - key, problem.value_dim, parameters.counters + COUNT_V);
     commit_copies();
-    const QueryTiles tiles(problem, key);
     Gradient<THREAD_KEYS> dk, dv;
     clear(dk);
     clear(dv);
 
-    for (int step = 0; step < block.group_size * tiles.count; step++) {
-      const int head = block.first_head + step / tiles.count;
-      const int row = (tiles.first + step % tiles.count) * QUERY_ROWS;
+    for (QueryTile tile(problem, block, key); tile.exists(); tile.advance()) {
+      const int head = tile.head, row = tile.row;
       const Band band(problem, row + shift - key, problem.q_len - row, problem.kv_len - key);
       // load
-      if (step > 0) __syncthreads();  // Q, dO and dS have been read
-      TileCopy<QUERY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-          q, row_of(parameters.q, parameters.q_strides, batch, head, row), parameters.q_strides.row,
-          problem.q_len - row, problem.head_dim, parameters.counters + COUNT_Q);
-      TileCopy<QUERY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-          dout, row_of(parameters.dout, parameters.dout_strides, batch, head, row), parameters.dout_strides.row,
+      __syncthreads();  // Q, dO and dS have been read
+      start_tile<QUERY_ROWS>(
+          q, row_of(parameters.q, parameters.q_strides, batch, head, row), parameters.q_strides, problem.q_len - row,
+          problem.head_dim, parameters.counters + COUNT_Q);
+      start_tile<QUERY_ROWS>(
+          dout, row_of(parameters.dout, parameters.dout_strides, batch, head, row), parameters.dout_strides,
           problem.q_len - row, problem.value_dim, parameters.counters + COUNT_DOUT);
       commit_copies();
       wait_for_copies<0>();
@@ -154,36 +127,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       // compute
       Scores scores;
       multiply_rows(scores, q, k, score_place, problem.head_dim);
-      exponentiate<true>(scores, shared, problem.scale_log2, score_place, band);
+      exponentiate<true>(scores, shared, problem.scale_log2, score_place);
       store_scores(scores_tile, scores, score_place);
       __syncthreads();  // P is there
       add_to_keys(dv, scores_tile, dout, place, band);
       multiply_rows(scores, dout, v, score_place, problem.value_dim);
-      differentiate<true>(scores, shared, problem.scale, score_place, band);
+      differentiate<true>(scores, shared, problem.scale, score_place);
       __syncthreads();  // P has been read
       store_scores(scores_tile, scores, score_place);
       __syncthreads();  // dS is there
       add_to_keys(dk, scores_tile, q, place, band);
       // The part of dQ that a thread loads is the one that it stored itself.
-      Sums* const sums = row_of(parameters.dq_sums, parameters.dq_sums_strides, batch, head, row);
-      const long long stride = parameters.dq_sums_strides.row;
+      const auto dq_rows = gradient_rows(
+          parameters.dq_sums, parameters.dq_sums_strides, batch, head, row + query_of(place, 0), problem.q_len,
+          problem.head_dim, GradientPlace::LANES_DOWN, place);
       Gradient<THREAD_QUERIES> dq;
-      load_gradient(
-          dq, sums, stride, problem.q_len - row, problem.head_dim, place, parameters.counters + COUNT_DQ_READ);
+      dq_rows.load(dq, parameters.counters + COUNT_DQ_READ);
       add_to_queries(dq, scores_tile, k, place, band);
       // finish
-      hand_out<false>(
-          dq, sums, stride, problem.q_len - row, problem.head_dim, 1.0f, false, place,
-          parameters.counters + COUNT_DQ_WRITTEN, [&](int i) { return place.down + DOWN * i; });
+      dq_rows.hand_in<false>(dq, parameters.counters + COUNT_DQ_WRITTEN);
     }
     // finish
-    const auto key_in_tile = [&](int i) { return key_of(place.down, i); };
-    hand_out<GRID_HEADS == 2>(
-        dk, row_of(parameters.dk, parameters.dk_strides, batch, block.result_head(), key), parameters.dk_strides.row,
-        problem.kv_len - key, problem.head_dim, 1.0f, false, place, parameters.counters + COUNT_DK, key_in_tile);
-    hand_out<GRID_HEADS == 2>(
-        dv, row_of(parameters.dv, parameters.dv_strides, batch, block.result_head(), key), parameters.dv_strides.row,
-        problem.kv_len - key, problem.value_dim, 1.0f, false, place, parameters.counters + COUNT_DV, key_in_tile);
+    const int result_head = block.result_head(), first_key = key + place.down * THREAD_KEYS;
+    gradient_rows(
+        parameters.dk, parameters.dk_strides, batch, result_head, first_key, problem.kv_len, problem.head_dim, 1, place)
+        .hand_in<GRID_HEADS == 2>(dk, parameters.counters + COUNT_DK);
+    gradient_rows(
+        parameters.dv, parameters.dv_strides, batch, result_head, first_key, problem.kv_len, problem.value_dim, 1,
+        place)
+        .hand_in<GRID_HEADS == 2>(dv, parameters.counters + COUNT_DV);
+    wait_for_copies<0>();
   }
-  wait_for_copies<0>();
 }

@@ -4,7 +4,8 @@
 // flash2_query_gradients: each keeps one query tile and its gradient, so that no block adds to another's sum.
 //
 // Macros besides those of backward.cuh:
-//   REDUCE_DQ  if defined, dQ is added up in memory
+//   DQ_MODE  0: flash2_key_gradients computes no dQ; 1: dQ is added up in memory, in no fixed order; 2: a thread block
+//            walks the key tiles in order, and loads dQ, adds to it and stores it
 #include "backward.cuh"
 
 struct Flash2KeyGradientsParameters {
@@ -39,13 +40,11 @@ struct Flash2QueryGradientsParameters {
 };
 
 enum Flash2BackwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_DOUT, COUNT_LSE, COUNT_DELTA, COUNT_DQ };
-#ifdef REDUCE_DQ
-enum { COUNT_DK = COUNT_DQ + 1, COUNT_DV };
-#else
-enum { COUNT_DK = COUNT_DQ, COUNT_DV };
-#endif
 
-// Log-sum-exp and delta of a thread's row of the tile, on their way to shared memory.
+constexpr int COUNT_DK = COUNT_DQ + DQ_MODE;  // dQ has as many counters as accesses
+constexpr int COUNT_DV = COUNT_DK + 1;
+
+// Log-sum-exp and delta of a thread's row of a query tile, on their way to shared memory.
 struct Statistics {
   float lse, delta;
 
@@ -53,7 +52,6 @@ struct Statistics {
   DEVICE void load(const Parameters& parameters, int batch, int head, int tile_row) {
     ByteCounter lse_counter(parameters.counters + COUNT_LSE), delta_counter(parameters.counters + COUNT_DELTA);
     const int row = tile_row + static_cast<int>(threadIdx.x);
-    lse = delta = 0.0f;
     if (threadIdx.x < QUERY_ROWS && row < parameters.problem.q_len) {
       lse = load_number(row_of(parameters.lse, parameters.lse_strides, batch, head, row), lse_counter);
       delta = load_number(row_of(parameters.delta, parameters.delta_strides, batch, head, row), delta_counter);
@@ -71,8 +69,8 @@ struct Statistics {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    flash2_key_gradients(const Flash2KeyGradientsParameters parameters) {
+// The gradients of the keys from `key` on.
+DEVICE void add_key_tile(const Flash2KeyGradientsParameters& parameters, const KeyBlock& block, int key) {
   float* const shared = shared_memory();
   float* const k = shared + K_OFFSET;
   float* const v = shared + V_OFFSET;
@@ -83,98 +81,113 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const ScorePlace score_place;
   const GradientPlace place;
 
-  // Blocks of the first keys come first: under a causal mask they take longest.
-  const int matrices = KeyBlock::matrices(problem);
-  const KeyBlock block(problem, blockIdx.x % matrices);
-  const int key = blockIdx.x / matrices * KEY_ROWS, batch = block.batch;
-  const QueryTiles tiles(problem, key);
-  const int shift = problem.kv_len - problem.q_len, steps = block.group_size * tiles.count;
-  const auto head_of = [&](int step) { return block.first_head + step / tiles.count; };
-  const auto row_at = [&](int step) { return (tiles.first + step % tiles.count) * QUERY_ROWS; };
+  const int batch = block.batch, shift = problem.kv_len - problem.q_len;
+
+  const auto load_queries = [&](const QueryTile& tile) {
+    start_tile<QUERY_ROWS>(
+        q, row_of(parameters.q, parameters.q_strides, batch, tile.head, tile.row), parameters.q_strides,
+        problem.q_len - tile.row, problem.head_dim, parameters.counters + COUNT_Q);
+    commit_copies();
+  };
+  const auto load_gradients = [&](const QueryTile& tile) {
+    start_tile<QUERY_ROWS>(
+        dout, row_of(parameters.dout, parameters.dout_strides, batch, tile.head, tile.row), parameters.dout_strides,
+        problem.q_len - tile.row, problem.value_dim, parameters.counters + COUNT_DOUT);
+    commit_copies();
+  };
 
   // load
-  const auto load_queries = [&](int step) {
-    const int row = row_at(step);
-    TileCopy<QUERY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-        q, row_of(parameters.q, parameters.q_strides, batch, head_of(step), row), parameters.q_strides.row,
-        problem.q_len - row, problem.head_dim, parameters.counters + COUNT_Q);
-    commit_copies();
-  };
-  const auto load_gradients = [&](int step) {
-    const int row = row_at(step);
-    TileCopy<QUERY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-        dout, row_of(parameters.dout, parameters.dout_strides, batch, head_of(step), row), parameters.dout_strides.row,
-        problem.q_len - row, problem.value_dim, parameters.counters + COUNT_DOUT);
-    commit_copies();
-  };
-  TileCopy<KEY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-      k, row_of(parameters.k, parameters.k_strides, batch, block.kv_head, key), parameters.k_strides.row,
+  start_tile<KEY_ROWS>(
+      k, row_of(parameters.k, parameters.k_strides, batch, block.kv_head, key), parameters.k_strides,
       problem.kv_len - key, problem.head_dim, parameters.counters + COUNT_K);
-  TileCopy<KEY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-      v, row_of(parameters.v, parameters.v_strides, batch, block.kv_head, key), parameters.v_strides.row,
+  start_tile<KEY_ROWS>(
+      v, row_of(parameters.v, parameters.v_strides, batch, block.kv_head, key), parameters.v_strides,
       problem.kv_len - key, problem.value_dim, parameters.counters + COUNT_V);
   commit_copies();
-  Statistics statistics;
-  if (steps > 0) {
-    load_queries(0);
-    load_gradients(0);
-    statistics.load(parameters, batch, head_of(0), row_at(0));
-    statistics.store(shared);
-  }
   Gradient<THREAD_KEYS> dk, dv;
   clear(dk);
   clear(dv);
+  Statistics statistics = {};
+  QueryTile tile(problem, block, key);
+  if (tile.exists()) {
+    load_queries(tile);
+    load_gradients(tile);
+    statistics.load(parameters, batch, tile.head, tile.row);
+    statistics.store(shared);
+  }
 
-  for (int step = 0; step < steps; step++) {
-    const int row = row_at(step);
+  while (tile.exists()) {
+    const int head = tile.head, row = tile.row;
     const Band band(problem, row + shift - key, problem.q_len - row, problem.kv_len - key);
-    const bool more = step + 1 < steps;
+    tile.advance();
     // load
     wait_for_copies<0>();
     __syncthreads();  // Q, dO and statistics are there
     // compute
     Scores scores;
     multiply_rows(scores, q, k, score_place, problem.head_dim);
-    exponentiate<false>(scores, shared, problem.scale_log2, score_place, band);
+    exponentiate<false>(scores, shared, problem.scale_log2, score_place);
     store_scores(scores_tile, scores, score_place);
     __syncthreads();  // P is there
     add_to_keys(dv, scores_tile, dout, place, band);
     multiply_rows(scores, dout, v, score_place, problem.value_dim);
-    differentiate<false>(scores, shared, 1.0f, score_place, band);
+    differentiate<false>(scores, shared, 1.0f, score_place);
     __syncthreads();  // P and dO have been read
     // load
-    if (more) load_gradients(step + 1);
+    if (tile.exists()) load_gradients(tile);
     // compute
     store_scores(scores_tile, scores, score_place);
     __syncthreads();  // dS is there
     add_to_keys(dk, scores_tile, q, place, band);
     // load
     __syncthreads();  // Q has been read
-    if (more) {
-      load_queries(step + 1);
-      statistics.load(parameters, batch, head_of(step + 1), row_at(step + 1));
+    if (tile.exists()) {
+      load_queries(tile);
+      statistics.load(parameters, batch, tile.head, tile.row);
     }
-#ifdef REDUCE_DQ
+#if DQ_MODE != 0
     // compute
     Gradient<THREAD_QUERIES> dq;
     clear(dq);
     add_to_queries(dq, scores_tile, k, place, band);
-    hand_out<true>(
-        dq, row_of(parameters.dq_accumulator, parameters.dq_accumulator_strides, batch, head_of(step), row),
-        parameters.dq_accumulator_strides.row, problem.q_len - row, problem.head_dim, problem.scale, true, place,
-        parameters.counters + COUNT_DQ, [&](int i) { return place.down + DOWN * i; });
+    multiply(dq, problem.scale);
+    const auto dq_rows = gradient_rows(
+        parameters.dq_accumulator, parameters.dq_accumulator_strides, batch, head, row + query_of(place, 0),
+        problem.q_len, problem.head_dim, GradientPlace::LANES_DOWN, place);
+#if DQ_MODE == 2
+    Gradient<THREAD_QUERIES> stored;
+    dq_rows.load(stored, parameters.counters + COUNT_DQ);
+    add(dq, stored);
 #endif
-    if (more) statistics.store(shared);
+    dq_rows.hand_in<DQ_MODE == 1>(dq, parameters.counters + COUNT_DQ + DQ_MODE - 1);
+#endif
+    if (tile.exists()) statistics.store(shared);
   }
   // finish
   wait_for_copies<0>();
-  const auto key_in_tile = [&](int i) { return key_of(place.down, i); };
-  hand_out<GRID_HEADS == 2>(
-      dk, row_of(parameters.dk, parameters.dk_strides, batch, block.result_head(), key), parameters.dk_strides.row,
-      problem.kv_len - key, problem.head_dim, problem.scale, true, place, parameters.counters + COUNT_DK, key_in_tile);
-  hand_out<GRID_HEADS == 2>(
-      dv, row_of(parameters.dv, parameters.dv_strides, batch, block.result_head(), key), parameters.dv_strides.row,
-      problem.kv_len - key, problem.value_dim, 1.0f, false, place, parameters.counters + COUNT_DV, key_in_tile);
+  multiply(dk, problem.scale);
+  const int result_head = block.result_head(), first_key = key + place.down * THREAD_KEYS;
+  gradient_rows(
+      parameters.dk, parameters.dk_strides, batch, result_head, first_key, problem.kv_len, problem.head_dim, 1, place)
+      .hand_in<GRID_HEADS == 2>(dk, parameters.counters + COUNT_DK);
+  gradient_rows(
+      parameters.dv, parameters.dv_strides, batch, result_head, first_key, problem.kv_len, problem.value_dim, 1, place)
+      .hand_in<GRID_HEADS == 2>(dv, parameters.counters + COUNT_DV);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    flash2_key_gradients(const Flash2KeyGradientsParameters parameters) {
+  const int matrices = KeyBlock::matrices(parameters.problem);
+  const KeyBlock block(parameters.problem, blockIdx.x % matrices);
+#if DQ_MODE == 2
+  for (int key = 0; key < parameters.problem.kv_len; key += KEY_ROWS) {
+    add_key_tile(parameters, block, key);
+    __syncthreads();  // all tiles have been read
+  }
+#else
+  // Blocks of the first keys come first: under a causal mask they take longest.
+  add_key_tile(parameters, block, blockIdx.x / matrices * KEY_ROWS);
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -189,80 +202,74 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const ScorePlace score_place;
   const GradientPlace place;
 
-  // Blocks of the last queries come first: under a causal mask they take longest.
+  // Blocks of the last query tiles come first: under a causal mask they take longest.
   const int matrices = problem.batch * problem.heads;
   const int matrix = blockIdx.x % matrices, row = (gridDim.x - 1 - blockIdx.x) / matrices * QUERY_ROWS;
-  const int batch = matrix / problem.heads, head = matrix % problem.heads, kv_head = head / problem.group_size;
+  const int batch = matrix / problem.heads, head = matrix % problem.heads;
+  const int kv_head = head / problem.group_size;
 
   // Tiles of keys that any row of the query tile sees.
   const int shift = problem.kv_len - problem.q_len;
   const int first_key = max(0, row + shift - problem.window_left);
   const int stop_key = min(problem.kv_len, min(row + QUERY_ROWS, problem.q_len) + shift + problem.window_right);
-  const int first_tile = first_key / KEY_ROWS;
-  const int stop_tile = first_key < stop_key ? (stop_key + KEY_ROWS - 1) / KEY_ROWS : first_tile;
 
-  // load
-  const auto load_keys = [&](int tile) {
-    const int key = tile * KEY_ROWS;
-    TileCopy<KEY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-        k, row_of(parameters.k, parameters.k_strides, batch, kv_head, key), parameters.k_strides.row,
+  const auto load_keys = [&](int key) {
+    start_tile<KEY_ROWS>(
+        k, row_of(parameters.k, parameters.k_strides, batch, kv_head, key), parameters.k_strides,
         problem.kv_len - key, problem.head_dim, parameters.counters + COUNT_K);
     commit_copies();
   };
-  const auto load_values = [&](int tile) {
-    const int key = tile * KEY_ROWS;
-    TileCopy<KEY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-        v, row_of(parameters.v, parameters.v_strides, batch, kv_head, key), parameters.v_strides.row,
+  const auto load_values = [&](int key) {
+    start_tile<KEY_ROWS>(
+        v, row_of(parameters.v, parameters.v_strides, batch, kv_head, key), parameters.v_strides,
         problem.kv_len - key, problem.value_dim, parameters.counters + COUNT_V);
     commit_copies();
   };
-  TileCopy<QUERY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-      q, row_of(parameters.q, parameters.q_strides, batch, head, row), parameters.q_strides.row, problem.q_len - row,
+
+  // load
+  start_tile<QUERY_ROWS>(
+      q, row_of(parameters.q, parameters.q_strides, batch, head, row), parameters.q_strides, problem.q_len - row,
       problem.head_dim, parameters.counters + COUNT_Q);
-  TileCopy<QUERY_ROWS, COLUMNS, ROW_STRIDE, THREADS>::start(
-      dout, row_of(parameters.dout, parameters.dout_strides, batch, head, row), parameters.dout_strides.row,
+  start_tile<QUERY_ROWS>(
+      dout, row_of(parameters.dout, parameters.dout_strides, batch, head, row), parameters.dout_strides,
       problem.q_len - row, problem.value_dim, parameters.counters + COUNT_DOUT);
   commit_copies();
-  Statistics statistics;
+  Statistics statistics = {};
   statistics.load(parameters, batch, head, row);
   statistics.store(shared);
-  if (first_tile < stop_tile) {
-    load_keys(first_tile);
-    load_values(first_tile);
-  }
+  int key = first_key / KEY_ROWS * KEY_ROWS;
+  if (first_key < stop_key) load_keys(key), load_values(key);
   Gradient<THREAD_QUERIES> dq;
   clear(dq);
 
-  for (int tile = first_tile; tile < stop_tile; tile++) {
-    const int key = tile * KEY_ROWS;
+  for (; first_key < stop_key && key < stop_key; key += KEY_ROWS) {
     const Band band(problem, row + shift - key, problem.q_len - row, problem.kv_len - key);
-    const bool more = tile + 1 < stop_tile;
+    const int next_key = key + KEY_ROWS;
     // load
     wait_for_copies<0>();
     __syncthreads();  // K and V are there, and dS has been read
     // compute
     Scores scores;
     multiply_rows(scores, q, k, score_place, problem.head_dim);
-    exponentiate<false>(scores, shared, problem.scale_log2, score_place, band);
+    exponentiate<false>(scores, shared, problem.scale_log2, score_place);
     store_scores(scores_tile, scores, score_place);
     multiply_rows(scores, dout, v, score_place, problem.value_dim);
-    differentiate<false>(scores, shared, 1.0f, score_place, band);
+    differentiate<false>(scores, shared, 1.0f, score_place);
     store_scores(scores_tile, scores, score_place);
     __syncthreads();  // dS is there, and V has been read
     // load
-    if (more) load_values(tile + 1);
+    if (next_key < stop_key) load_values(next_key);
     // compute
     add_to_queries(dq, scores_tile, k, place, band);
+    __syncthreads();  // K has been read
     // load
-    if (more) {
-      __syncthreads();  // K has been read
-      load_keys(tile + 1);
-    }
+    if (next_key < stop_key) load_keys(next_key);
   }
   // finish
   wait_for_copies<0>();
-  hand_out<false>(
-      dq, row_of(parameters.dq, parameters.dq_strides, batch, head, row), parameters.dq_strides.row,
-      problem.q_len - row, problem.head_dim, problem.scale, true, place, parameters.counters + COUNT_DQ,
-      [&](int i) { return place.down + DOWN * i; });
+  multiply(dq, problem.scale);
+  gradient_rows(
+      parameters.dq, parameters.dq_strides, batch, head, row + query_of(place, 0), problem.q_len, problem.head_dim,
+      GradientPlace::LANES_DOWN, place)
+      .hand_in<false>(dq, parameters.counters + COUNT_DQ);
 }

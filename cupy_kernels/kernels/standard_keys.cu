@@ -24,7 +24,7 @@ struct StandardKeysParameters {
   const Stored* operand_rows;  // of the query heads
   Result* result;
   unsigned long long* counters;
-  Strides weights_strides, operand_strides, result_strides;
+  Strides weights_strides, operand_rows_strides, result_strides;
   Problem problem;
   Operand operand;
 };
@@ -50,13 +50,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) standard_keys(cons
   };
   const Stored* weights = row_of(parameters.weights, parameters.weights_strides, batch, head * group_size, 0) + key;
   const Stored* operand_rows =
-      row_of(parameters.operand_rows, parameters.operand_strides, batch, head * group_size, 0) + column;
+      row_of(parameters.operand_rows, parameters.operand_rows_strides, batch, head * group_size, 0) + column;
   const auto left_source = [&](int query) {
     const long long stride = parameters.weights_strides.row;
     return Source<Stored>{weights + query * stride, stride, problem.q_len - query, problem.kv_len - key};
   };
   const auto right_source = [&](int query) {
-    const long long stride = parameters.operand_strides.row;
+    const long long stride = parameters.operand_rows_strides.row;
     return Source<Stored>{operand_rows + query * stride, stride, problem.q_len - query, columns};
   };
   Total total;
@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) standard_keys(cons
   for (int heads_left = group_size; heads_left > 0; heads_left--) {
     multiply<true, Left, Right>(
         total, problem.q_len, left_source, right_source, band_of, parameters.counters, parameters.counters + 1);
-    weights += parameters.weights_strides.head, operand_rows += parameters.operand_strides.head;
+    weights += parameters.weights_strides.head, operand_rows += parameters.operand_rows_strides.head;
     __syncthreads();  // the last chunk has been read
   }
   // finish

@@ -15,7 +15,7 @@ struct StandardRowsParameters {
   const Stored* operand_rows;  // of the KV heads
   Stored* result;
   unsigned long long* counters;
-  Strides weights_strides, operand_strides, result_strides;
+  Strides weights_strides, operand_rows_strides, result_strides;
   Problem problem;
   Operand operand;
 };
@@ -34,12 +34,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) standard_rows(cons
   using Right = OperandChunk<Stored, RESULT_COLUMNS, false>;
   const Stored* const weights = row_of(parameters.weights, parameters.weights_strides, batch, head, query);
   const Stored* const operand_rows =
-      row_of(parameters.operand_rows, parameters.operand_strides, batch, head / problem.group_size, 0) + column;
+      row_of(parameters.operand_rows, parameters.operand_rows_strides, batch, head / problem.group_size, 0) + column;
   const auto left_source = [&](int key) {
     return Source<Stored>{weights + key, parameters.weights_strides.row, query_stop - query, problem.kv_len - key};
   };
   const auto right_source = [&](int key) {
-    const long long stride = parameters.operand_strides.row;
+    const long long stride = parameters.operand_rows_strides.row;
     return Source<Stored>{operand_rows + key * stride, stride, problem.kv_len - key, columns};
   };
   const int shift = problem.kv_len - problem.q_len;

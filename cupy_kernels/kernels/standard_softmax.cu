@@ -2,8 +2,8 @@
 // softmax_kernel). Scores are in units of log2. All of them are read in every pass, hidden ones too; hidden
 // probabilities are 0.
 //
-// Macros: those of softmax.cuh, with PASSES 1, whole rows on chip; 2, maximum and sum together, corrected as the maximum
-// grows; or 3, one after the other.
+// Macros: those of softmax.cuh, with PASSES 1, whole rows on chip; 2, maximum and sum together, corrected as the
+// maximum grows; or 3, one after the other.
 #include "softmax.cuh"
 
 constexpr int SHARED_BYTES = BUFFER_BYTES;

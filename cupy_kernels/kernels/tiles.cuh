@@ -36,9 +36,17 @@ DEVICE void start_load_4(float* tile, int offset, const Stored* from, ByteCounte
   store_4(tile + offset, make_float4(low.x, low.y, high.x, high.y));
 }
 
+// Where a column of a row stands in a tile whose vectors of four columns change places, in turns of SWIZZLE every four
+// rows, so that lanes that read vectors of rows four apart meet no bank twice.
+template <int SWIZZLE>
+DEVICE int swizzled(int row, int column) {
+  return column ^ (row & 4 * (SWIZZLE - 1));
+}
+
 // How the threads of a block, or of each of its warps, share a tile that is copied: up to 8 vectors of four columns
-// across, so that they read 128 adjacent bytes of float32, and rows down.
-template <int TILE_ROWS, int TILE_COLUMNS, int STRIDE, int THREADS>
+// across, so that they read 128 adjacent bytes of float32, and rows down. Where SWIZZLE is more than 1, vectors change
+// places as `swizzled` says.
+template <int TILE_ROWS, int TILE_COLUMNS, int STRIDE, int THREADS, int SWIZZLE = 1>
 struct TileCopy {
   static constexpr int ACROSS = TILE_COLUMNS / 4 < 8 ? TILE_COLUMNS / 4 : 8;
   static constexpr int DOWN = THREADS / ACROSS;
@@ -56,14 +64,15 @@ struct TileCopy {
     const int thread = threadIdx.x % THREADS;
     const int first_row = thread / ACROSS, first_column = thread % ACROSS * 4;
     const Stored* from = matrix + first_row * row_stride + first_column;
-    const int to = first_row * STRIDE + first_column;
+    const int to = first_row * STRIDE;
 #pragma unroll ROWS_AT_ONCE
     for (int row = 0; row < TILE_ROWS; row += DOWN, from += DOWN * row_stride) {
       if ((!SPARE || first_row + row < TILE_ROWS) && (WHOLE || first_row + row < rows)) {
+        const int to_column = swizzled<SWIZZLE>(first_row + row, first_column);
 #pragma unroll
         for (int column = 0; column < TILE_COLUMNS; column += 4 * ACROSS) {
           if (WHOLE || first_column + column < columns) {
-            start_load_4(tile, to + row * STRIDE + column, from + column, counter);
+            start_load_4(tile, to + row * STRIDE + to_column + column, from + column, counter);
           }
         }
       }

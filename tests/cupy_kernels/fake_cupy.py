@@ -160,7 +160,7 @@ def installed(monkeypatch):
     """Make the stand-in what ``import cupy`` finds; yields the :class:`Kernels` that record."""
     import sys
 
-    from cupy_kernels import arrays, compiler, launch
+    from cupy_kernels import arrays, compiler, launch, verify
 
     kernels = Kernels()
     caches = (arrays.require_cupy, launch.prepare, launch._loaded, launch.present_hardware)
@@ -168,6 +168,7 @@ def installed(monkeypatch):
         patch.setitem(sys.modules, "cupy", make_module())
         patch.setattr(compiler, "load", kernels.load)
         patch.setattr(compiler, "compiler_version", lambda: "stand-in")
+        patch.setattr(verify, "precompile", lambda pool, variants, architecture: None)
         patch.setattr(Device, "current", 0)
         patch.setattr(launch, "_spare", {})
         for cached in caches:

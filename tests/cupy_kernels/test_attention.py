@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import fake_cupy
 import ml_dtypes
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import cupy_kernels
-from cupy_kernels import arrays, attention, count_traffic, default_plan, launch
+from cupy_kernels import arrays, attention, attention_backward, count_traffic, default_plan, launch, workspace_bytes
 from cupy_kernels.parameters import struct_of
 from cupy_kernels.table import ALGORITHMS as KERNEL_ALGORITHMS
 from simattn import AttentionProblem, Traffic
@@ -639,3 +640,156 @@ def test_counting_counts_on_every_device(kernels):
     addresses = {int(parameters_of(launched)["counters"]) for launched in kernels.launches}
     assert len(addresses) == 2
     assert counted.traffic == Traffic()
+
+
+# Gradients
+
+
+def backward_arrays(algorithm="flash2", **shape):
+    """Return the arguments of a backward call."""
+    given = device_arrays(**shape)
+    result = attention(**given, algorithm=algorithm, return_saved=True)
+    return {"dout": np.zeros_like(result[0]), **given}, result[1]
+
+
+def backward_struct(launched):
+    names = ("q", "k", "v", "dout", "lse", "delta", "dq_accumulator", "dk", "dv")
+    assert launched.variant.function == "flash2_key_gradients"
+    return launched.parameters.view(struct_of(names))[0]
+
+
+def functions_of(kernels):
+    return [launched.variant.function for launched in kernels.launches]
+
+
+def test_arguments_of_the_backward_call():
+    parameters = inspect.signature(attention_backward).parameters
+    positional = [name for name, item in parameters.items() if item.kind is item.POSITIONAL_OR_KEYWORD]
+    assert positional == ["dout", "q", "k", "v", "out", "lse"]
+    assert {"scale", "causal", "window", "deterministic", "algorithm", "plan", "workspace"} <= set(parameters)
+
+
+def test_a_backward_launch(kernels):
+    given, saved = backward_arrays()
+    kernels.launches.clear()
+    dq, dk, dv = attention_backward(**given, **saved, causal=True, scale=0.5)
+    assert [array.shape for array in (dq, dk, dv)] == [given[name].shape for name in "qkv"]
+    assert [array.dtype for array in (dq, dk, dv)] == [given["q"].dtype] * 3
+    assert functions_of(kernels) == ["row_dots", "fill", "flash2_key_gradients", "convert"]
+    found = backward_struct(kernels.launches[2])
+    assert [found[name] for name in ("q", "k", "v", "dout")] == [
+        given[name].data.ptr for name in ("q", "k", "v", "dout")
+    ]
+    assert (found["lse"], found["dk"], found["dv"]) == (saved["lse"].data.ptr, dk.data.ptr, dv.data.ptr)
+    assert (found["window_left"], found["window_right"], found["scale"]) == (1 << 30, 0, 0.5)
+    assert tuple(found["lse_strides"]) == (4 * 70, 1, 70)
+    assert found["delta"] % 256 == found["dq_accumulator"] % 256 == 0
+    assert found["delta"] != found["dq_accumulator"]
+    kernels.launches.clear()
+    attention_backward(
+        given["dout"], given["q"], given["k"], given["v"], saved["out"], saved["lse"], deterministic=True
+    )
+    assert functions_of(kernels) == ["row_dots", "flash2_key_gradients", "flash2_query_gradients"]
+
+
+def test_groups_are_summed_as_the_plan_says(kernels):
+    given, saved = backward_arrays()
+    plan = default_plan(AttentionProblem(q_len=70, head_dim=48), direction="backward")
+    for grouped, last in (("expand", ["sum_heads", "sum_heads", "convert"]), ("reduce", ["convert"] * 3)):
+        kernels.launches.clear()
+        attention_backward(**given, saved=saved, plan=replace(plan, grouped_gradients=grouped))
+        assert functions_of(kernels)[-3:] == last
+
+
+def test_gradients_go_where_they_are_asked_to(kernels):
+    given, saved = backward_arrays()
+    made = tuple(np.empty_like(given[name]) for name in "qkv")
+    found = attention_backward(**given, saved=saved, gradients=made)
+    assert all(one is other for one, other in zip(found, made, strict=True))
+    kernels.launches.clear()
+    wrong = (
+        (made[:2], TypeError, r"gradients is a tuple: expected three arrays"),
+        ((made[0], made[1], made[2][:, :-1]), ValueError, r"dv has shape"),
+        ((made[0], made[0], made[2]), ValueError, "dk has shape|dk overlaps dq"),
+        ((given["q"], made[1], made[2]), ValueError, "dq overlaps q in memory"),
+        ((made[0].astype(np.float64), made[1], made[2]), TypeError, "dq has dtype float64"),
+    )
+    for gradients, error, message in wrong:
+        with pytest.raises(error, match=message):
+            attention_backward(**given, saved=saved, gradients=gradients)
+    assert not kernels.launches
+
+
+@pytest.mark.parametrize("algorithm", list(KERNEL_ALGORITHMS))
+def test_what_the_forward_pass_saved_is_needed(kernels, algorithm):
+    given, saved = backward_arrays(algorithm)
+    kernels.launches.clear()
+    for name in saved:
+        others = {key: array for key, array in saved.items() if key != name}
+        with pytest.raises(ValueError, match=f"{name} of the forward pass is missing: expected .*return_saved=True"):
+            attention_backward(**given, algorithm=algorithm, saved=others)
+    with pytest.raises(TypeError, match="saved is a list: expected the mapping"):
+        attention_backward(**given, algorithm=algorithm, saved=list(saved.values()))
+    assert not kernels.launches
+    attention_backward(**given, algorithm=algorithm, saved=saved)
+    assert kernels.launches
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda given: {"dout": given["dout"][:, :-1]}, ValueError, r"dout has shape \(2, 69, 4, 48\): expected"),
+        (lambda given: {"dout": given["dout"].astype(np.float16)}, TypeError, "dout has dtype float16: expected"),
+        (lambda given: {"lse": given["lse"].astype(np.float64)}, TypeError, "lse has dtype float64: expected float32"),
+        (lambda given: {"lse": given["lse"].transpose(0, 2, 1)}, ValueError, r"lse has shape \(2, 70, 4\)"),
+        (lambda given: {"lse": given["lse"][..., ::2].repeat(2, axis=2)[..., ::-1]}, ValueError, "lse has strides"),
+        (lambda given: {"out": np.zeros((2, 70, 4, 48), np.float32)}, TypeError, "out is a numpy.ndarray in host"),
+        (lambda given: {"deterministic": 1}, TypeError, "deterministic=1: expected a bool"),
+        (lambda given: {"causal": 1}, TypeError, "causal=1: expected a bool"),
+        (lambda given: {"dropout": 0.1}, TypeError, "dropout= is not supported"),
+        (lambda given: {"return_lse": True}, TypeError, "attention_backward.. got an unexpected keyword argument"),
+        (lambda given: {"algorithm": "flash3"}, ValueError, "algorithm='flash3' has no kernel"),
+        (lambda given: {"plan": Flash2Plan(tiles=(100, 100))}, ValueError, "plan.tiles=.100, 100."),
+        (lambda given: {"plan": Flash2Plan(tiles=(32, 32)), "deterministic": True}, ValueError, "in no fixed order"),
+        (lambda given: {"workspace": np.zeros(100, np.uint8).view(fake_cupy.Array)}, ValueError,
+         "workspace has 100 bytes: expected at least"),
+    ],
+)  # fmt: skip
+def test_backward_arguments_that_are_refused(kernels, change, error, message):
+    given, saved = backward_arrays()
+    kernels.launches.clear()
+    arguments = {**given, **saved}
+    with pytest.raises(error, match=message):
+        attention_backward(**{**arguments, **change(arguments)})
+    assert not kernels.launches
+
+
+def test_a_workspace_is_used_and_its_size_told(kernels):
+    given, saved = backward_arrays()
+    arrays = [given[name] for name in "qkv"]
+    size = workspace_bytes(*arrays, direction="backward")
+    assert size >= 2 * 4 * 70 * (32 + 1) * 4
+    assert workspace_bytes(*arrays) == 0
+    square = 2 * 4 * 70 * 96 * 4  # rows of 90 are padded to 96 elements
+    assert workspace_bytes(*arrays, algorithm="standard") == 2 * square
+    assert workspace_bytes(*arrays, algorithm="standard", return_saved=True) == square
+    memory = np.empty(size + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    workspace = memory[start : start + size].view(fake_cupy.Array)
+    kernels.launches.clear()
+    attention_backward(**given, saved=saved, workspace=workspace)
+    first = workspace.data.ptr
+    found = backward_struct(kernels.launches[2])
+    assert all(first <= found[name] < first + size for name in ("delta", "dq_accumulator"))
+    with pytest.raises(ValueError, match=r"workspace starts .* expected memory aligned to 256 bytes"):
+        attention_backward(**given, saved=saved, workspace=memory[start + 4 :][:size].view(fake_cupy.Array))
+
+
+def test_nothing_to_differentiate(kernels):
+    for empty in ("batch", "q_len", "kv_len"):
+        given, saved = backward_arrays(**{empty: 0})
+        kernels.launches.clear()
+        gradients = attention_backward(**given, saved=saved)
+        assert [gradient.shape for gradient in gradients] == [given[name].shape for name in "qkv"]
+        if empty == "batch":
+            assert not kernels.launches

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 import simattn
 from cupy_kernels import cpu_build, verify
-from cupy_kernels.cpu_build import COPIES, ORDERS, KernelFaultError, run_program
+from cupy_kernels.cpu_build import COPIES, ORDERS, run_program
 from cupy_kernels.parameters import COLUMN_BUCKETS
 from cupy_kernels.table import ALGORITHMS, default_plan, make_program
 from simattn.plan import Tiles
@@ -50,8 +49,9 @@ BUILDS = (
     *(Build("flash2", "backward", columns) for columns in COLUMN_BUCKETS),
     Build("flash2", "backward", 64, "float16", (("dq", "deterministic"),)),
     Build("flash2", "backward", 32, "bfloat16", (("dq", "deterministic"), ("grouped_gradients", "expand"))),
-    Build("flash2", "backward", 128, "float32", (("grouped_gradients", "reduce"), ("tiles", SMALL))),
+    Build("flash2", "backward", 128, "float32", (("grouped_gradients", "reduce"), ("tiles", Tiles(q=64, kv=64)))),
     Build("flash2", "backward", 96, "float32", (("dq", "deterministic"), ("tiles", SMALL))),
+    Build("flash2", "backward", 32, "float16", (("dq", "load_add_store"),)),
     Build("flash1", "forward", 32),
     Build("flash1", "forward", 128, "float16"),
     Build("flash1", "forward", 64, "bfloat16", (("hbm_accumulator", "storage"), ("tiles", SMALL))),
@@ -119,12 +119,8 @@ def compiled():
     """Compile the builds side by side."""
     kernels = set()
     for build in BUILDS:
-        problem = simattn.AttentionProblem(
-            q_len=64, heads=2, kv_heads=1, head_dim=build.columns, dtype=build.dtype
-        )
-        program = make_program(
-            build.algorithm, build.direction, problem, plan_of(build, problem), DEFAULT_HARDWARE
-        )
+        problem = simattn.AttentionProblem(q_len=64, heads=2, kv_heads=1, head_dim=build.columns, dtype=build.dtype)
+        program = make_program(build.algorithm, build.direction, problem, plan_of(build, problem), DEFAULT_HARDWARE)
         kernels |= {step.kernel for step in program.steps}
     with ThreadPoolExecutor(2) as pool:
         assert all(library.exists() for library in pool.map(cpu_build.build, kernels))
@@ -349,4 +345,3 @@ FORWARD_FAULTS = {
     "hidden keys that matter": ("forward.cuh", "if (!MASKED || band.sees(i, key))", "if (true)"),
     "keys past the end that matter": ("forward.cuh", " || key >= band.stop", ""),
 }  # fmt: skip
-

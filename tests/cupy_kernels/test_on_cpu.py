@@ -12,9 +12,12 @@ import fake_cupy
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
-from cupy_kernels import attention, cpu_build, verify
-from simattn import AttentionProblem, run
+from cupy_kernels import attention, attention_backward, cpu_build, default_plan, verify, workspace_bytes
+from cupy_kernels.parameters import struct_of
+from cupy_kernels.table import ALGORITHMS
+from simattn import AttentionProblem, run, run_backward
 
 
 def why_no_compiler():
@@ -46,11 +49,16 @@ def work(problem):
     return problem.batch * problem.heads * problem.q_len * problem.kv_len * columns
 
 
-@settings(max_examples=40, suppress_health_check=[*HealthCheck])
-@given(case=verify.cases(max_len=150, max_heads=3, head_dims=(24, 32)))
-def test_bits_and_bytes_are_the_simulated_machines(device, case):
-    """Layouts, masks, groups, special values: what the host hands the kernel makes it compute the right thing."""
-    assume(work(case.problem) < 4e6)
+@pytest.mark.parametrize(
+    ("algorithm", "direction"), [(name, direction) for name, item in ALGORITHMS.items() for direction in item.programs]
+)
+@settings(max_examples=15, suppress_health_check=[*HealthCheck])
+@given(data=st.data())
+def test_bits_and_bytes_are_the_simulated_machines(device, algorithm, direction, data):
+    """Layouts, masks, groups, special values: what the host hands the kernels makes them compute the right thing."""
+    chosen = {"algorithms": (algorithm,), "directions": (direction,)}
+    case = data.draw(verify.cases(**chosen, max_len=100, max_heads=3, head_dims=(24, 32)))
+    assume(work(case.problem) < 2e6)
     assert differences(verify.compare(case, verify.simulate(case))) == NOTHING
 
 
@@ -66,22 +74,28 @@ def test_arrays_may_be_broadcast(device):
             k.view(fake_cupy.Array), values.shape, (0, k.strides[1], 0, k.strides[3]), subok=True
         )
         on_device.append(view)
-    expected = run("flash2", q, *wide, arithmetic="simt", plan=verify.default_plan(problem))
+    expected = run("flash2", q, *wide, arithmetic="simt", plan=default_plan(problem))
     assert verify.differing_elements(verify.from_device(attention(*on_device)), expected.out) == 0
 
 
+FORWARD = {"algorithms": ("flash2",), "directions": ("forward",)}
+
+
 def first_case_with(condition):
-    return next(case for case in (verify.draw_case(3, index, 20) for index in range(100)) if condition(case))
+    drawn = (verify.draw_case(3, index, 20, **FORWARD) for index in range(100))
+    return next(case for case in drawn if condition(case))
 
 
 def test_a_difference_would_be_seen(device):
     case = first_case_with(lambda case: case.problem.batch * case.problem.q_len * case.problem.kv_len > 20)
     expected = verify.simulate(case)
     assert differences(verify.compare(case, expected)) == NOTHING
-    bits = expected.out.copy().view(f"u{expected.out.itemsize}")
-    numbers = np.argwhere(~np.isnan(expected.out.astype(np.float32)))
+    out = expected.results["out"]
+    bits = out.copy().view(f"u{out.itemsize}")
+    numbers = np.argwhere(~np.isnan(out.astype(np.float32)))
     bits[tuple(numbers[0])] ^= 1
-    changed = replace(expected, out=bits.view(expected.out.dtype), traffic=2 * expected.traffic)
+    results = {**expected.results, "out": bits.view(out.dtype)}
+    changed = replace(expected, results=results, traffic=2 * expected.traffic)
     found = verify.compare(case, changed)
     assert found["differing_elements"] == 2  # in the fast and in the counting build
     assert found["differing_counts"] == 5
@@ -91,10 +105,12 @@ def test_a_write_beside_the_result_would_be_seen(device):
     case = first_case_with(lambda case: case.problem.batch * case.problem.q_len * case.problem.kv_len > 20)
     expected = verify.simulate(case)
 
+    run_launch = device.run
+
     def run_and_write_on(launched):
-        cpu_device.run_launch(launched)
-        address = int(launched.parameters.view(cpu_device.FLASH2_PARAMETERS)[0]["out"])
-        np.ctypeslib.ctypes.c_ubyte.from_address(address + expected.out.nbytes).value = 0
+        run_launch(launched)
+        address = int(launched.parameters.view(struct_of(("q", "k", "v", "out", "lse")))[0]["out"])
+        np.ctypeslib.ctypes.c_ubyte.from_address(address + expected.results["out"].nbytes).value = 0
 
     device.run = run_and_write_on
     assert verify.compare(case, expected)["written_outside"] == 2
@@ -104,6 +120,21 @@ def test_not_a_number_is_one_value():
     actual = np.array([0x7FC00000, 0xFFC00001, 0, 0x80000000], np.uint32).view(np.float32)
     expected = np.array([0xFFC00000, 0x7FC00000, 0x80000000, 0x80000000], np.uint32).view(np.float32)
     assert verify.differing_elements(actual, expected) == 1
+
+
+def test_a_sum_in_another_order_is_told_from_a_wrong_one():
+    exact = np.array([1.0, -3.0, np.nan, np.inf, 0.0], np.float32)
+    assert verify.differing_sums(exact * np.float32(1 + 1e-6), exact) == 0
+    assert verify.differing_sums(exact + np.float32([0, 1e-4, 0, 0, 1e-4]), exact) == 2
+    assert verify.differing_sums(np.float32([1, -3, 1, 1, np.nan]), exact) == 3
+
+
+def test_every_plan_and_program_is_drawn():
+    drawn = [verify.draw_case(5, index, 20) for index in range(150)]
+    programs = {(name, direction) for name, item in ALGORITHMS.items() for direction in item.programs}
+    assert {(case.algorithm, case.direction) for case in drawn} == programs
+    for name, choices in verify.PLAN_FIELDS.items():
+        assert {getattr(case.plan, name) for case in drawn if hasattr(case.plan, name)} >= set(choices), name
 
 
 def test_cases_depend_on_seed_and_index_alone():
@@ -126,17 +157,54 @@ def test_the_verifier_goes_on_where_it_was(device, tmp_path):
     assert report["tally"]["elements"] == third.elements >= first.elements > 0
     assert report["failures"] == []
     assert report["device"] == "stand-in"
-    assert sum(report["problems_by_dtype"].values()) == 3
+    assert sum(report["problems_by_kind"].values()) == 3
     with pytest.raises(ValueError, match=r"expected .*'seed': 6"):
         verify.verify(1, 6, output, longest=20)
 
 
 def test_the_verifier_names_what_failed(device, tmp_path):
     device.run = None  # nothing is computed
-    index = next(index for index in range(100) if verify.draw_case(3, index, 20).problem.q_len > 0)
+    drawn = [verify.draw_case(3, index, 20).problem for index in range(100)]
+    index = next(i for i, problem in enumerate(drawn) if problem.batch * problem.q_len * problem.kv_len > 0)
     output = tmp_path / "summary.json"
     tally = verify.verify(index + 1, 3, output, longest=20, processes=1)
     assert not tally.clean
     failures = json.loads(output.read_text())["failures"]
     assert failures[-1]["index"] == index
-    assert f"q_len={verify.draw_case(3, index, 20).problem.q_len}" in failures[-1]["case"]
+    assert f"q_len={drawn[index].q_len}" in failures[-1]["case"]
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+def test_gradients_from_what_the_forward_call_returned(device, algorithm):
+    """The way of a user: forward, saved arrays, backward; a workspace of one's own changes nothing."""
+    problem = AttentionProblem(
+        batch=2, heads=4, kv_heads=2, q_len=20, kv_len=37, head_dim=24, causal=True, dtype="float16"
+    )
+    case = verify.random_case(algorithm, "backward", problem)
+    arrays = [case.inputs[name].view(fake_cupy.Array) for name in "qkv"]
+    options = {"causal": True, "algorithm": algorithm}
+    out, lse, saved = attention(*arrays, **options, return_lse=True, return_saved=True)
+    assert set(saved) == set(ALGORITHMS[algorithm].saved)
+    forward = run(algorithm, *arrays, causal=True, arithmetic="simt", plan=default_plan(problem, algorithm=algorithm))
+    assert verify.differing_elements(verify.from_device(out), forward.out) == 0
+    assert verify.differing_elements(verify.from_device(lse), forward.lse) == 0
+    for name, array in saved.items():
+        assert verify.differing_elements(verify.from_device(array), forward.saved[name]) == 0, name
+    plan = default_plan(problem, algorithm=algorithm, direction="backward", deterministic=True)
+    expected = run_backward(
+        algorithm, *arrays, case.inputs["dout"], causal=True, arithmetic="simt", plan=plan, saved=forward.saved
+    )
+    dout = case.inputs["dout"].view(fake_cupy.Array)
+    size = workspace_bytes(*arrays, **options, direction="backward", deterministic=True)
+    memory = np.full(size + 256, 0xFF, np.uint8)
+    workspace = memory[-memory.ctypes.data % 256 :][:size].view(fake_cupy.Array)
+    for chosen in ({}, {"workspace": workspace}):
+        found = attention_backward(dout, *arrays, **options, saved=saved, deterministic=True, **chosen)
+        for name, gradient in zip(("dq", "dk", "dv"), found, strict=True):
+            assert verify.differing_elements(verify.from_device(gradient), getattr(expected, name)) == 0, name
+    if algorithm == "flash2":
+        again = attention_backward(dout, *arrays, out, lse, causal=True, deterministic=True)
+        assert verify.differing_elements(verify.from_device(again[0]), expected.dq) == 0
