@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _NOT_SUPPORTED = ("bias", "dropout", "softcap", "sinks")
 _INPUTS = ("q", "k", "v")
+_NOTHING: frozenset[str] = frozenset()
 
 
 def attention(
@@ -173,10 +174,11 @@ def _attention(
     )
     addresses = [q.data.ptr, k.data.ptr, v.data.ptr, *launch.no_addresses]
     launch.check_addresses(addresses)
-    given, given_lse = _outputs(out, return_lse)
     wanted = _wanted(algorithm, return_lse, return_saved)
     results: dict[str, Any] = {}
-    if given is not None:
+    given = given_lse = None
+    if out is not None:
+        given, given_lse = _outputs(out, return_lse)
         taken = launch.taken(dict(zip(_INPUTS, addresses, strict=False)))
         for name, array in (("out", given), ("lse", given_lse)):
             if array is not None:
@@ -186,13 +188,16 @@ def _attention(
         if name not in results:
             results[name] = launch.empty(name)
         addresses[launch.slot[name]] = results[name].data.ptr
-    launch(addresses, wanted, _workspace(workspace), counted)
-    returned = [results["out"] if given is None else given]
+    launch(addresses, wanted, workspace, counted)
+    first = results["out"] if given is None else given
+    if not return_lse and not return_saved:
+        return first
+    returned = [first]
     if return_lse:
         returned.append(results["lse"] if given_lse is None else given_lse)
     if return_saved:
         returned.append({name: results[name] for name in get_algorithm(algorithm).saved})
-    return returned[0] if len(returned) == 1 else tuple(returned)
+    return tuple(returned)
 
 
 def attention_backward(
@@ -324,7 +329,7 @@ def _attention_backward(
             launch.check_output(name, result, taken)
     for name, result in zip(names, results, strict=True):
         addresses[launch.slot[name]] = result.data.ptr
-    launch(addresses, frozenset(), _workspace(workspace), counted)
+    launch(addresses, _NOTHING, workspace, counted)
     return results if gradients is None else tuple(gradients)
 
 
@@ -403,8 +408,7 @@ def _prepared(
         window = tuple(window)
     try:
         return prepare(
-            *(device, algorithm, direction, names, scale, causal, window, plan, deterministic, count_traffic),
-            *described,
+            device, algorithm, direction, names, scale, causal, window, plan, deterministic, count_traffic, described
         )
     except TypeError as error:
         if "unhashable" not in str(error):
@@ -420,10 +424,6 @@ def _wanted(algorithm: str | None, return_lse: bool, return_saved: bool) -> froz
     """Return the names of the results that a forward call makes arrays for."""
     saved = get_algorithm(algorithm).saved if return_saved else ()
     return frozenset({"out", *(("lse",) if return_lse else ()), *saved})
-
-
-def _workspace(workspace: Any) -> Any:
-    return None if workspace is None else output_array("workspace", workspace)
 
 
 def _outputs(out: Any, return_lse: bool) -> tuple[Any, Any]:

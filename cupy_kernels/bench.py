@@ -3,11 +3,12 @@
 ``python -m cupy_kernels.bench --output FILE.json --plot FILE.svg``; with ``--read FILE.json`` the table and plot of an
 earlier run.
 
-Protocol: device times between events; inputs drawn from N(0, 1) and rotated among copies that together exceed twice
-the L2 cache, so that no launch finds its inputs there; every contender is warmed up and then timed in turn, one launch
-after the other, ``--rounds`` times; medians. FLOPs are counted 4 · batch · heads · q_len · kv_len · head_dim forward
-and 10 times that product backward, halved for a causal mask. The peak is a measured loop of fused multiply-adds. GB/s
-are the bytes that the program moves between memory and multiprocessors, as counted, over the time.
+Protocol: device times between events, queued while the device is busy; inputs drawn from N(0, 1) and rotated among
+copies that together exceed twice the L2 cache, so that no launch finds its inputs there; every contender is warmed up
+and then timed in turn, one launch after the other, ``--rounds`` times; medians. FLOPs are counted
+4 · batch · heads · q_len · kv_len · head_dim forward and 10 times that product backward, halved for a causal mask. The
+peak is a measured loop of fused multiply-adds. GB/s are the bytes that the program moves between memory and
+multiprocessors, as counted, over the time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from simattn.arithmetic.formats import ITEM_BYTES
 from simattn.plan import Direction
 from simattn.tables import text_table
 
-PEAK_SOURCE = r"""
+SOURCE = r"""
 extern "C" __global__ void __launch_bounds__(256) multiply_add(float* out, int rounds) {
   float sums[16];
   const float x = threadIdx.x * 1e-3f, y = 1.0001f;
@@ -49,7 +50,16 @@ extern "C" __global__ void __launch_bounds__(256) multiply_add(float* out, int r
   for (int i = 0; i < 16; i++) total += sums[i];
   if (total == 12345.678f) out[0] = total;
 }
+
+extern "C" __global__ void spin(long long cycles) {
+  const long long start = clock64();
+  while (clock64() - start < cycles) {
+  }
+}
 """
+
+SPIN_CYCLES = 400_000
+"""Clock cycles that the device is kept busy before a contender is timed, in which the host queues its launches."""
 
 
 LONGEST_THROUGH_MEMORY = 4096
@@ -95,13 +105,18 @@ SHAPES = tuple(
 
 
 def device_seconds(contenders: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
-    """Time every contender in turn; each is called with the number of the inputs to take."""
+    """Time every contender in turn; each is called with the number of the inputs to take.
+
+    The device is busy while the host queues the launches, so that their times are the device's alone.
+    """
     cupy = require_cupy()
+    spin = cupy.RawKernel(SOURCE, "spin")
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 2):
         for name, call in contenders.items():
             begin, end = cupy.cuda.Event(), cupy.cuda.Event()
             cupy.cuda.Device().synchronize()
+            spin((1,), (1,), (cupy.int64(SPIN_CYCLES),))
             begin.record()
             call(turn)
             end.record()
@@ -114,7 +129,7 @@ def device_seconds(contenders: dict[str, Callable[[int], object]], rounds: int) 
 def peak_flops_per_second() -> float:
     """Return the rate of a loop of fp32 fused multiply-adds that fills the device."""
     cupy = require_cupy()
-    kernel, out, rounds = cupy.RawKernel(PEAK_SOURCE, "multiply_add"), cupy.zeros(1, "f4"), 4000
+    kernel, out, rounds = cupy.RawKernel(SOURCE, "multiply_add"), cupy.zeros(1, "f4"), 4000
     blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
     arguments = (out, cupy.int32(rounds))
     times = device_seconds({"peak": lambda _turn: kernel((blocks,), (256,), arguments)}, 9)["peak"]

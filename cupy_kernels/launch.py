@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from cupy_kernels import compiler
-from cupy_kernels.arrays import check_output, check_pointer, check_strides, extent, require_cupy
+from cupy_kernels.arrays import check_output, check_pointer, check_strides, extent, output_array, require_cupy
 from cupy_kernels.compiler import Variant
 from cupy_kernels.counting import CountedTraffic
 from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES, parameters
@@ -82,6 +82,20 @@ class _Launched:
         self.function = _loaded(self.step.kernel.variant(count_traffic=count_traffic), self.shared_bytes, device)
 
 
+class _Arrangement:
+    """Where the arrays of a launch lie that nobody brings."""
+
+    def __init__(self, program: Program, brought: frozenset[str]) -> None:
+        slots = {array.name: slot for slot, array in enumerate(program.arrays)}
+        offsets, self.workspace_bytes = workspace_layout(kept_in_workspace(program, brought), WORKSPACE_ALIGNMENT)
+        self.offsets = [(slots[name], offset) for name, offset in offsets.items()]
+        self.unread = [
+            (slots[array.name], array.nbytes)
+            for array in program.with_role("saved")
+            if array.name not in brought and array.name not in offsets
+        ]
+
+
 class Launch:
     """A program with everything but the addresses.
 
@@ -141,21 +155,22 @@ class Launch:
             array.name: _given_strides(array, given[array.name]) if array.role == "input" else array.strides
             for array in program.arrays
         }
-        self.saved = {array.name: program.is_read(array.name) for array in program.with_role("saved")}
         self.steps = [_Launched(step, program, strides) for step in program.steps]
         for step in self.steps:
             step.load(device, count_traffic=count_traffic)
-        self._layouts: dict[frozenset[str], tuple[dict[str, int], int]] = {}
+        self._arrangements: dict[frozenset[str], _Arrangement] = {}
+        self._made = {
+            array.name: (array.shape, array.numpy_dtype, array.row_elements if array.kind == "square" else 0)
+            for array in program.arrays
+        }
         self.slot = {array.name: slot for slot, array in enumerate(program.arrays)}
 
     def empty(self, name: str) -> Any:
         """Return a new array for a result, in the shape in which callers see it."""
-        array = self.program.array[name]
-        cupy = require_cupy()
-        if array.row_elements == array.columns:
-            return cupy.ndarray(array.shape, array.numpy_dtype)
-        whole = cupy.ndarray((*array.shape[:-1], array.row_elements), array.numpy_dtype)
-        return whole[..., : array.columns]
+        shape, dtype, padded = self._made[name]
+        if not padded:
+            return require_cupy().ndarray(shape, dtype)
+        return require_cupy().ndarray((*shape[:-1], padded), dtype)[..., : shape[-1]]
 
     def check_output(self, name: str, result: Any, taken: dict[str, tuple[int, int]]) -> None:
         """Raise unless a result can be written to the caller's array, and add it to what is taken."""
@@ -168,12 +183,6 @@ class Launch:
         """Return first byte and one past the last of the inputs at these addresses."""
         return {name: (addresses[name] + self.extents[name][0], addresses[name] + self.extents[name][1])
                 for name in self.inputs}  # fmt: skip
-
-    def layout(self, brought: frozenset[str]) -> tuple[dict[str, int], int]:
-        """Return where in a workspace the arrays lie that the caller does not bring, and its size in bytes."""
-        if brought not in self._layouts:
-            self._layouts[brought] = workspace_layout(kept_in_workspace(self.program, brought), WORKSPACE_ALIGNMENT)
-        return self._layouts[brought]
 
     def __call__(
         self, addresses: list[int], brought: frozenset[str], workspace: Any, counted: CountedTraffic | None
@@ -191,19 +200,21 @@ class Launch:
         counted
             What to count the traffic into, if the kernels count.
         """
-        offsets, size = self.layout(brought)
-        memory = None
-        if size:
+        arrangement = self._arrangements.get(brought)
+        if arrangement is None:
+            arrangement = self._arrangements[brought] = _Arrangement(self.program, brought)
+        if arrangement.workspace_bytes:
+            size = arrangement.workspace_bytes
             if workspace is None:
-                memory = require_cupy().cuda.alloc(size)  # the pool gives it to this stream's later launches only
+                # Held until the launches are queued; the pool gives it to this stream's later launches only.
+                memory = require_cupy().cuda.alloc(size)
                 base = memory.ptr
             else:
                 base = _checked_workspace(workspace, size, self.device)
-            for name, offset in offsets.items():
-                addresses[self.slot[name]] = base + offset
-        for name, is_read in self.saved.items():
-            if not is_read and name not in brought:
-                addresses[self.slot[name]] = _spare_address(self.device, self.program.array[name].nbytes)
+            for slot, offset in arrangement.offsets:
+                addresses[slot] = base + offset
+        for slot, size in arrangement.unread:
+            addresses[slot] = _spare_address(self.device, size)
         for step in self.steps:
             filled = step.parameters.copy()  # one for each call: other threads launch at the same time
             counters = 0 if counted is None else counted.buffer(self.device, step.counters).data.ptr
@@ -247,6 +258,7 @@ def _given_strides(array: Array, given: Description) -> tuple[int, int, int]:
 
 def _checked_workspace(workspace: Any, size: int, device: int) -> int:
     """Return the address of the caller's workspace."""
+    workspace = output_array("workspace", workspace)
     if workspace.nbytes < size:
         raise ValueError(f"workspace has {workspace.nbytes} bytes: expected at least {size}")
     if workspace.data.device_id != device:
@@ -289,7 +301,7 @@ def prepare(
     plan: Plan | None,
     deterministic: bool,
     count_traffic: bool,
-    *described: Any,
+    described: tuple[Any, ...],
 ) -> Launch:
     """Return the launch for arrays of these shapes and strides (in bytes), checked, on the current device.
 
@@ -301,7 +313,7 @@ def prepare(
         As the calls have them.
     names
         Names of the arrays, q, k and v first.
-    *described
+    described
         Shape, strides and dtype of each.
 
     Raises

@@ -60,6 +60,7 @@ __all__ = [
     "attention_inputs",
     "attention_problems",
     "block_masks",
+    "gradient_floors",
     "low_precision_attention",
     "low_precision_attention_backward",
     "plan_options",
@@ -576,6 +577,54 @@ def assert_same_bits(actual: npt.ArrayLike, expected: npt.ArrayLike, *, name: st
 
 def _bits(array: Values) -> Values:
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape)
+
+
+def gradient_floors(
+    problem: AttentionProblem,
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    dout: npt.ArrayLike,
+    *,
+    roundings: int = 1,
+) -> tuple[Values, Values, Values]:
+    """Return what roundings may cost dq, dk and dv, for the floor of :func:`assert_within_error_budget`.
+
+    Errors are relative to the terms of a sum, not to what cancellation leaves of them, and an error in a score becomes
+    a relative error of its probability.
+
+    Parameters
+    ----------
+    problem, q, k, v, dout
+        As for :func:`reference_attention_backward`, all finite.
+    roundings
+        How often a gradient is rounded to the storage format: once when it is stored, and more often where parts of it
+        go through memory.
+    """
+    wide = {
+        name: np.moveaxis(np.asarray(array).astype(np.float64), 2, 1)
+        for name, array in (("q", q), ("k", k), ("v", v), ("dout", dout))
+    }
+    wide |= {name: np.repeat(wide[name], problem.group_size, axis=1) for name in "kv"}
+    scores = np.where(problem.visible_elements(), problem.scale * (wide["q"] @ wide["k"].swapaxes(-1, -2)), -np.inf)
+    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(highest == -np.inf, 0, highest))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights /= np.where(total == 0, 1, total)
+    queries, keys, values, gradient = (np.abs(wide[name]) for name in ("q", "k", "v", "dout"))
+    dweights = gradient @ values.swapaxes(-1, -2) + (gradient * (weights @ values)).sum(axis=-1, keepdims=True)
+    dscores = problem.scale * weights * dweights
+    grouped = (problem.batch, problem.kv_heads, problem.group_size, problem.kv_len)
+    terms = (
+        dscores @ keys,
+        (dscores.swapaxes(-1, -2) @ queries).reshape(*grouped, problem.head_dim).sum(axis=2),
+        (weights.swapaxes(-1, -2) @ gradient).reshape(*grouped, problem.value_dim).sum(axis=2),
+    )
+    unit = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+    growth = 1 + problem.scale * (queries @ keys.swapaxes(-1, -2)).max(initial=0.0)
+    relative = growth * (4 * unit["float32"] + roundings * unit[problem.dtype])
+    dq, dk, dv = (relative * np.moveaxis(term, 1, 2) for term in terms)
+    return dq, dk, dv
 
 
 def assert_within_error_budget(

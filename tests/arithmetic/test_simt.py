@@ -21,6 +21,7 @@ from simattn.testing import (
     assert_same_bits,
     assert_within_error_budget,
     attention_cases,
+    gradient_floors,
     low_precision_attention_backward,
     plan_options,
     reference_attention_backward,
@@ -679,45 +680,21 @@ def test_gradients_are_within_the_error_budget(name: str, data: Any) -> None:
     run = backward_run(name, inputs, **plan, **masks_of(problem))
     exact = reference_attention_backward(problem, **inputs)
     rough = low_precision_attention_backward(problem, **inputs)
-    floors = rounding_floors(run, inputs)
-    for key, reference, budget in zip(RESULTS["backward"], exact, rough, strict=True):
+    floors = gradient_floors(problem, **inputs, roundings=roundings(run))
+    for key, reference, budget, floor in zip(RESULTS["backward"], exact, rough, floors, strict=True):
         actual = getattr(run, key)
         assert actual.dtype == numpy_dtype(problem.dtype)
-        assert_within_error_budget(actual, reference, budget, floor=floors[key], name=key)
+        assert_within_error_budget(actual, reference, budget, floor=floor, name=key)
 
 
-def rounding_floors(run: simattn.Run, inputs: Any) -> dict[str, Any]:
-    """What roundings cost where the low-precision reference is exact by luck.
-
-    Errors are relative to the terms of a sum, not to what cancellation leaves of them, and an error in a score becomes
-    a relative error of its probability.
-    """
-    problem, plan = run.problem, run.plan
-    group = problem.group_size
-    wide = {name: np.moveaxis(array.astype(np.float64), 2, 1) for name, array in inputs.items()}
-    wide |= {name: np.repeat(wide[name], group, axis=1) for name in "kv"}
-    scores = problem.scale * (wide["q"] @ wide["k"].swapaxes(-1, -2))
-    q, k, v, dout = (np.abs(wide[name]) for name in ("q", "k", "v", "dout"))
-    scores = np.where(problem.visible_elements(), scores, -np.inf)
-    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    weights = np.exp(scores - np.where(highest == -np.inf, 0, highest))
-    total = weights.sum(axis=-1, keepdims=True)
-    weights /= np.where(total == 0, 1, total)
-    dweights = dout @ v.swapaxes(-1, -2) + (dout * (weights @ v)).sum(axis=-1, keepdims=True)
-    dscores = problem.scale * weights * dweights
-    terms = {"dq": dscores @ k, "dk": dscores.swapaxes(-1, -2) @ q, "dv": weights.swapaxes(-1, -2) @ dout}
-    for name in ("dk", "dv"):
-        parts = terms[name].reshape(problem.batch, problem.kv_heads, group, *terms[name].shape[2:])
-        terms[name] = parts.sum(axis=2)
-    unit = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-    roundings = 1
-    if getattr(plan, "hbm_accumulator", None) == "storage":
-        roundings += -(-problem.kv_len // plan.tiles.kv)
-    if plan.grouped_gradients == "expand":
-        roundings += group
-    growth = 1 + problem.scale * (q @ k.swapaxes(-1, -2)).max(initial=0.0)
-    relative = growth * (4 * unit["float32"] + roundings * unit[problem.dtype])
-    return {name: relative * np.moveaxis(values, 1, 2) for name, values in terms.items()}
+def roundings(run: simattn.Run) -> int:
+    """How often a plan rounds a gradient to the storage format."""
+    count = 1
+    if getattr(run.plan, "hbm_accumulator", None) == "storage":
+        count += -(-run.problem.kv_len // run.plan.tiles.kv)
+    if run.plan.grouped_gradients == "expand":
+        count += run.problem.group_size
+    return count
 
 
 # What the forward pass leaves

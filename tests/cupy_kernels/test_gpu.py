@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from budgets import gradient_floors, rounding_floors
+from budgets import rounding_floors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +29,7 @@ from simattn.testing import (
     assert_same_bits,
     assert_within_error_budget,
     attention_cases,
+    gradient_floors,
     low_precision_attention,
     low_precision_attention_backward,
     reference_attention,
@@ -172,7 +173,7 @@ def test_the_error_of_gradients_is_within_the_budget(algorithm, deterministic, c
     found = attention_backward(dout, **device, **options, saved=saved, deterministic=deterministic)
     references = reference_attention_backward(problem, **inputs)
     rough = low_precision_attention_backward(problem, **inputs)
-    floors = gradient_floors(problem, inputs)
+    floors = gradient_floors(problem, **inputs)
     for name, gradient, reference, low, floor in zip(GRADIENTS, found, references, rough, floors, strict=True):
         assert_within_error_budget(verify.from_device(gradient), reference, low, floor=floor, name=name)
 
