@@ -16,19 +16,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
-from cupy_kernels import attention, attention_backward, default_plan
+from cupy_kernels import attention, attention_backward, compiler, default_plan
 from cupy_kernels.arrays import require_cupy
 from cupy_kernels.launch import checked_problem
-from cupy_kernels.table import ALGORITHMS, DEFAULT_ALGORITHM
+from cupy_kernels.table import ALGORITHMS, DEFAULT_ALGORITHM, default_programs
 from cupy_kernels.verify import environment
-from simattn import count
+from simattn import AttentionProblem, count
 from simattn.arithmetic.formats import ITEM_BYTES
 from simattn.plan import Direction
 from simattn.tables import text_table
@@ -134,6 +137,74 @@ def peak_flops_per_second() -> float:
     arguments = (out, cupy.int32(rounds))
     times = device_seconds({"peak": lambda _turn: kernel((blocks,), (256,), arguments)}, 9)["peak"]
     return float(blocks * 256 * rounds * 8 * 16 * 2 / statistics.median(times))
+
+
+# The host
+
+
+def host_costs() -> dict[str, Any]:
+    """Time what a call costs the host, and what the first call costs.
+
+    Returns
+    -------
+    dict
+        ``launch_microseconds`` of CuPy's launch of an empty kernel, ``attention_microseconds`` and
+        ``attention_backward_microseconds`` of calls with CuPy arrays, ``dlpack_microseconds`` of one with PyTorch's
+        tensors; ``compile_seconds`` by kernel, the slowest build of the default plans for float32 and 128 columns, and
+        ``cached_milliseconds`` to load the slowest of them compiled.
+    """
+    cupy = require_cupy()
+    empty = cupy.RawKernel('extern "C" __global__ void empty(int) {}', "empty")
+    small = [cupy.zeros((1, 64, 2, 64), "f4") for _ in range(4)]
+    out, saved = attention(*small[:3], return_saved=True)
+    gradients = tuple(cupy.empty_like(array) for array in small[:3])
+    calls: Contenders = {
+        "launch": lambda _turn: empty((1,), (32,), (0,)),
+        "attention": lambda _turn: attention(*small[:3], out=out),
+        "attention_backward": lambda _turn: attention_backward(small[3], *small[:3], saved=saved, gradients=gradients),
+    }
+    with contextlib.suppress(ImportError):
+        import torch
+
+        tensors = [torch.from_dlpack(array) for array in small[:3]]
+        calls["dlpack"] = lambda _turn: attention(*tensors)
+    costs: dict[str, Any] = {f"{name}_microseconds": 1e6 * host_seconds(call) for name, call in calls.items()}
+    capability = cupy.cuda.Device().compute_capability
+    architecture = compiler.choose_architecture((int(capability[:-1]), int(capability[-1])))
+    slowest: dict[str, float] = {}
+    before = os.environ.get("CUPY_KERNELS_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["CUPY_KERNELS_CACHE_DIR"] = directory
+        try:
+            problem = AttentionProblem(heads=2, kv_heads=1, q_len=256, head_dim=128, dtype="float32")
+            kernels = {step.kernel for program in default_programs(problem) for step in program.steps}
+            chosen = [kernel.variant(count_traffic=False) for kernel in kernels]
+            for variant in chosen:
+                seconds = compiler.attempt(variant, architecture).seconds
+                slowest[variant.function] = max(slowest.get(variant.function, 0.0), round(seconds, 2))
+            loads = []
+            for variant in chosen:
+                start = time.perf_counter()
+                compiler.load(variant)
+                loads.append(time.perf_counter() - start)
+        finally:
+            del os.environ["CUPY_KERNELS_CACHE_DIR"]
+            if before is not None:
+                os.environ["CUPY_KERNELS_CACHE_DIR"] = before
+    return {**costs, "compile_seconds": slowest, "cached_milliseconds": 1e3 * max(loads)}
+
+
+def host_seconds(call: Callable[[int], object], calls: int = 300) -> float:
+    """Return the time after which a call returns, the shortest mean of several series."""
+    cupy = require_cupy()
+    means = []
+    for _ in range(9):
+        cupy.cuda.Device().synchronize()
+        start = time.perf_counter()
+        for turn in range(calls):
+            call(turn)
+        means.append((time.perf_counter() - start) / calls)
+    return min(means)
 
 
 # Contenders
@@ -314,7 +385,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 cupy.get_default_memory_pool().free_all_blocks()
                 if sys.stderr.isatty():
                     sys.stderr.write(f"\r{shape}")
-    return {**environment(), "rounds": arguments.rounds, "fp32_peak_flops_per_second": peak, "rows": rows}
+    report = {**environment(), "rounds": arguments.rounds, "fp32_peak_flops_per_second": peak, "rows": rows}
+    return report | ({"host": host_costs()} if arguments.host else {})
 
 
 def table(report: dict[str, Any]) -> str:
@@ -329,9 +401,11 @@ def table(report: dict[str, Any]) -> str:
         ]
         for row in report["rows"]
     ]
+    host = "".join(f"{name}: {value}\n" for name, value in report.get("host", {}).items())
     return (
         text_table([*columns, *numbers], cells)
         + f"\nfp32 peak measured on {report['device']}: {report['fp32_peak_flops_per_second'] / 1e12:.1f} TFLOP/s\n"
+        + host
     )
 
 
@@ -402,6 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--plot", help="picture to write, SVG or PNG")
     parser.add_argument("--read", help="JSON file of an earlier run, instead of measuring")
+    parser.add_argument("--host", action="store_true", help="also time what calls and compilation cost the host")
     parser.add_argument("--rounds", type=int, default=11, help="times that each contender is timed (default 11)")
     parser.add_argument("--dtype", choices=("float32", "float16"), help="only this storage format")
     parser.add_argument("--direction", choices=("forward", "backward"), help="only this direction")
