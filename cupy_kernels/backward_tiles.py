@@ -16,8 +16,20 @@ SCORES_ACROSS = 16
 ACROSS = {16: 4, 32: 8, 64: 16, 96: 8, 128: 16, 192: 16, 256: 32}
 """Threads that share a row of a gradient, by column bucket."""
 
+FEWEST_THREADS = 128
+"""Threads of the smallest block."""
+
 NUMBERS_PER_THREAD = 160
 """Gradients and scores that a thread keeps in its 255 registers, beside operands and addresses."""
+
+FLASH1_NUMBERS_PER_THREAD = 112
+"""The same where it also divides, and loads dQ."""
+
+SEQUENTIAL_NUMBERS_PER_THREAD = 80
+"""The same where a block of flash2 walks the key tiles in order, and loads and stores dQ."""
+
+QUERY_ROWS = (8, 16, 32, 64, 128, 256)
+KEY_ROWS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +55,10 @@ class BackwardTiles:
     blocks: int = 1
 
     @classmethod
-    def of(cls, problem: AttentionProblem, plan: Plan, hardware: Hardware) -> BackwardTiles:
-        """Return how a kernel runs a plan's tiles.
+    def of(
+        cls, problem: AttentionProblem, plan: Plan, hardware: Hardware, most_numbers: int = NUMBERS_PER_THREAD
+    ) -> BackwardTiles:
+        """Return how a kernel runs a plan's tiles, with the most threads that share them evenly.
 
         Raises
         ------
@@ -54,25 +68,25 @@ class BackwardTiles:
         columns, tiles = column_bucket(problem), plan.tiles
         for warps in (8, 4):
             made = cls(columns=columns, query_rows=tiles.q, key_rows=tiles.kv, warps=warps)
-            if made._is_shared_evenly and made._numbers_per_thread <= NUMBERS_PER_THREAD:
+            if made._is_shared_evenly and made._numbers_per_thread <= most_numbers:
                 if not fits(hardware, made.shared_bytes):
                     raise too_large(tiles, columns, hardware)
                 return made
-        down = 128 // ACROSS[columns]
         raise ValueError(
-            f"plan.tiles=({tiles.q}, {tiles.kv}): the backward kernels for {columns} columns take 8, 16 or multiples "
-            f"of 32 queries, up to 256, and 16, 32 or multiples of 64 keys, both in multiples of {down}, and keep up "
-            f"to {NUMBERS_PER_THREAD} numbers a thread"
+            f"plan.tiles=({tiles.q}, {tiles.kv}): the backward kernels for {columns} columns take {QUERY_ROWS} queries "
+            f"and {KEY_ROWS} keys, at least {FEWEST_THREADS // ACROSS[columns]} of both, and up to {most_numbers} "
+            "numbers of a thread"
         )
 
     @property
     def _is_shared_evenly(self) -> bool:
-        down, scores_down = self.threads // ACROSS[self.columns], self.threads // SCORES_ACROSS
-        if self.query_rows % max(down, scores_down) or self.key_rows % max(down, SCORES_ACROSS):
-            return False
-        score_rows, score_keys = self.query_rows // scores_down, self.key_rows // SCORES_ACROSS
-        grouped = all(count in (1, 2) or count % 4 == 0 for count in (score_rows, score_keys))
-        return grouped and self.query_rows <= self.threads and self.query_rows % 8 == 0
+        down = self.threads // ACROSS[self.columns]
+        return (
+            self.query_rows in QUERY_ROWS
+            and self.key_rows in KEY_ROWS
+            and min(self.query_rows, self.key_rows) >= down
+            and self.threads // SCORES_ACROSS <= self.query_rows <= self.threads
+        )
 
     @property
     def _numbers_per_thread(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from cupy_kernels import elementwise, flash2
 from cupy_kernels.algorithm import KernelAlgorithm
-from cupy_kernels.backward_tiles import BackwardTiles
+from cupy_kernels.backward_tiles import FLASH1_NUMBERS_PER_THREAD, BackwardTiles
 from cupy_kernels.forward_tiles import ForwardTiles, first_that_fits, too_large
 from cupy_kernels.gradients import GRID_HEADS, GroupedGradient
 from cupy_kernels.parameters import column_bucket
@@ -57,7 +57,7 @@ def default_backward_plan(problem: AttentionProblem, hardware: Hardware, determi
     """Return the largest tiles that fit the device's shared memory, as the program has them: with one of the output."""
 
     def check(tiles: Tiles) -> None:
-        BackwardTiles.of(problem, Flash1Plan(tiles=tiles), hardware)
+        BackwardTiles.of(problem, Flash1Plan(tiles=tiles), hardware, FLASH1_NUMBERS_PER_THREAD)
         tile_bytes = 4 * (2 * tiles.kv + 3 * tiles.q) * max(problem.head_dim, problem.value_dim)
         if tile_bytes > hardware.sram_bytes_per_block:
             raise too_large(tiles, column_bucket(problem), hardware)
@@ -119,7 +119,7 @@ def backward(problem: AttentionProblem, plan: Flash1Plan, hardware: Hardware) ->
     dq, dk, dv = gradients(problem)
     sums = sums_of(dq, plan)
     dk_total, dv_total = (GroupedGradient.of(problem, plan, target) for target in (dk, dv))
-    tiles = BackwardTiles.of(problem, plan, hardware)
+    tiles = BackwardTiles.of(problem, plan, hardware, FLASH1_NUMBERS_PER_THREAD)
     read: tuple[tuple[str, Access], ...] = tuple(
         (name, "r") for name in ("q", "k", "v", "out", "dout", "row_max", "row_sum")
     )

@@ -9,7 +9,7 @@ from typing import Literal
 
 from cupy_kernels import elementwise
 from cupy_kernels.algorithm import KernelAlgorithm
-from cupy_kernels.backward_tiles import BackwardTiles
+from cupy_kernels.backward_tiles import NUMBERS_PER_THREAD, SEQUENTIAL_NUMBERS_PER_THREAD, BackwardTiles
 from cupy_kernels.forward_tiles import ForwardTiles, first_that_fits
 from cupy_kernels.gradients import GRID_HEADS, GroupedGradient
 from cupy_kernels.parameters import check_supported, column_bucket
@@ -57,7 +57,13 @@ BACKWARD_TILES: dict[int, Tiles] = {
 }
 """Tiles of the backward kernels, by column bucket, that are fastest on an H100."""
 
-SMALLER_BACKWARD_TILES = (Tiles(q=64, kv=64), Tiles(q=32, kv=64), Tiles(q=32, kv=32), Tiles(q=16, kv=16))
+SMALLER_BACKWARD_TILES = (
+    Tiles(q=64, kv=64),
+    Tiles(q=32, kv=64),
+    Tiles(q=32, kv=32),
+    Tiles(q=16, kv=16),
+    Tiles(q=8, kv=16),
+)
 """Tiles for devices with too little shared memory for the best ones, from large to small."""
 
 DQ_ACCESS: dict[str, Access | Literal[""]] = {"deterministic": "", "reduce": "a", "load_add_store": "rw"}
@@ -121,7 +127,9 @@ def key_gradients_kernel(
     problem: AttentionProblem, plan: Flash2Plan, hardware: Hardware, total: GroupedGradient
 ) -> Kernel:
     """Return the build of the kernel of dK and dV, which adds up dQ too unless the plan is deterministic."""
-    tiles = BackwardTiles.of(problem, plan, hardware)
+    sequential = plan.dq == "load_add_store"
+    most_numbers = SEQUENTIAL_NUMBERS_PER_THREAD if sequential else NUMBERS_PER_THREAD
+    tiles = BackwardTiles.of(problem, plan, hardware, most_numbers)
     inputs: tuple[tuple[str, Access], ...] = tuple((name, "r") for name in ("q", "k", "v", "dout", "lse", "delta"))
     return Kernel(
         source="flash2_backward.cu",

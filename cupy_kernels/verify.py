@@ -11,6 +11,7 @@ its own, so that accesses outside it are seen.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -177,11 +178,12 @@ def plans(draw: st.DrawFn, problem: AttentionProblem, algorithm: str, direction:
     if changes.get("softmax_passes") == 1:
         changes["enforce_capacity"] = False  # the program keeps whole rows of a tile on chip, the kernel fewer of them
     changed = replace(plan, **changes)
-    try:
-        make_program(algorithm, direction, problem, changed, DEFAULT_HARDWARE)
-    except ValueError:  # these tiles do not fit that many columns
-        changed = replace(changed, tiles=plan.tiles)
-    return changed
+    for tiles in (changed.tiles, plan.tiles, *OTHER_TILES):
+        with contextlib.suppress(ValueError):  # tiles that are too large for the columns or the plan
+            made = replace(changed, tiles=tiles)
+            make_program(algorithm, direction, problem, made, DEFAULT_HARDWARE)
+            return made
+    raise AssertionError(f"no tiles fit {changed}")
 
 
 @st.composite

@@ -9,8 +9,9 @@
 // Hidden elements take no part: they are computed like the others, and never read.
 //
 // Macros:
-//   GRID_HEADS     for kernels of dK and dV, 0: a thread block serves a KV head, all its query heads in turn; 1: one query
-//                  head, which has gradients of its own; 2: one query head, and adds to its KV head's sums in float32
+//   GRID_HEADS     for kernels of dK and dV, 0: a thread block serves a KV head, all its query heads in turn; 1: one
+//                  query head, which has gradients of its own; 2: one query head, and adds to its KV head's sums in
+//                  float32
 //   STORAGE        float32, float16 or bfloat16
 //   COLUMNS        smallest of 16, 32, 64, 96, 128, 192, 256 that holds head_dim and value_dim
 //   QUERY_ROWS     query rows of a tile
@@ -52,9 +53,13 @@ constexpr int WIDTH = COLUMNS / ACROSS;
 constexpr int THREAD_KEYS = KEY_ROWS / DOWN;
 constexpr int THREAD_QUERIES = QUERY_ROWS / DOWN;
 
-// Columns that a loop of the scores takes, and query rows or keys that one of the gradients takes, at a time: enough for
-// some 256 products of a thread.
+// Columns that a loop of the scores takes, and query rows or keys that one of the gradients takes, at a time: enough
+// for some 256 products of a thread.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int COLUMNS_AT_ONCE = 4;  // there the compiler loads more of them ahead than registers hold
+#else
 constexpr int COLUMNS_AT_ONCE = SCORE_ROWS * SCORE_KEYS < 64 ? 8 : 4;
+#endif
 constexpr int ROWS_AT_ONCE = THREAD_KEYS * WIDTH < 64 ? 8 : 4;
 constexpr int KEYS_AT_ONCE = THREAD_QUERIES * WIDTH < 64 ? 8 : 4;
 
@@ -128,8 +133,8 @@ struct Range {
   int begin, stop;
 };
 
-// Query rows or keys of which some keys or rows see any, and those of which they see all, in multiples of AT_ONCE; these
-// begin at -1 if there are none.
+// Query rows or keys that are in sight of any of some keys or rows, and those in sight of all of them, in multiples of
+// AT_ONCE; these begin at -1 if there are none.
 template <int AT_ONCE>
 struct Visible {
   Range any, all;
@@ -377,8 +382,8 @@ DEVICE void multiply(Gradient<ROWS>& gradient, float factor) {
     for (int c = 0; c < WIDTH; c++) gradient[i][c] = __fmul_rn(gradient[i][c], factor);
 }
 
-// A thread's rows of a gradient in memory, `row_step` apart; `rows` and `columns` are what there is from its first number
-// on.
+// A thread's rows of a gradient in memory, `row_step` apart; `rows` and `columns` are what there is from its first
+// number on.
 template <class Element>
 struct GradientRows {
   Element* first;
@@ -414,6 +419,22 @@ struct GradientRows {
     counter.flush();
   }
 
+  // Add the gradient to what this block has stored, and store that.
+  template <int ROWS>
+  DEVICE void add_in_place(
+      const Gradient<ROWS>& gradient, unsigned long long* read_total, unsigned long long* written_total) const {
+    ByteCounter read_counter(read_total), written_counter(written_total);
+    visit<ROWS>([&](int i, int c, Element* address) {
+      float values[4];
+      reload_vector(values, address, read_counter);
+#pragma unroll
+      for (int e = 0; e < 4; e++) values[e] = __fadd_rn(gradient[i][c + e], values[e]);
+      store_vector(address, values, written_counter);
+    });
+    read_counter.flush();
+    written_counter.flush();
+  }
+
   // Load what this block has stored; 0 where there is nothing.
   template <int ROWS>
   DEVICE void load(Gradient<ROWS>& gradient, unsigned long long* total) const {
@@ -436,14 +457,6 @@ DEVICE GradientRows<Element> gradient_rows(
   const int first_column = 4 * place.across;
   return {row_of(array, strides, batch, head, row) + first_column, strides.row, rows - row, columns - first_column,
           row_step};
-}
-
-template <int ROWS>
-DEVICE void add(Gradient<ROWS>& gradient, const Gradient<ROWS>& other) {
-#pragma unroll
-  for (int i = 0; i < ROWS; i++)
-#pragma unroll
-    for (int c = 0; c < WIDTH; c++) gradient[i][c] = __fadd_rn(gradient[i][c], other[i][c]);
 }
 
 // A key tile of a KV head or of one of its query heads, and the query heads that its thread block walks.

@@ -117,8 +117,9 @@ DEVICE void add_key_tile(const Flash2KeyGradientsParameters& parameters, const K
   }
 
   while (tile.exists()) {
-    const int head = tile.head, row = tile.row;
-    const Band band(problem, row + shift - key, problem.q_len - row, problem.kv_len - key);
+    const QueryTile present = tile;
+    const Band band(
+        problem, present.row + shift - key, problem.q_len - present.row, problem.kv_len - key);
     tile.advance();
     // load
     wait_for_copies<0>();
@@ -152,14 +153,13 @@ DEVICE void add_key_tile(const Flash2KeyGradientsParameters& parameters, const K
     add_to_queries(dq, scores_tile, k, place, band);
     multiply(dq, problem.scale);
     const auto dq_rows = gradient_rows(
-        parameters.dq_accumulator, parameters.dq_accumulator_strides, batch, head, row + query_of(place, 0),
-        problem.q_len, problem.head_dim, GradientPlace::LANES_DOWN, place);
-#if DQ_MODE == 2
-    Gradient<THREAD_QUERIES> stored;
-    dq_rows.load(stored, parameters.counters + COUNT_DQ);
-    add(dq, stored);
+        parameters.dq_accumulator, parameters.dq_accumulator_strides, batch, present.head,
+        present.row + query_of(place, 0), problem.q_len, problem.head_dim, GradientPlace::LANES_DOWN, place);
+#if DQ_MODE == 1
+    dq_rows.hand_in<true>(dq, parameters.counters + COUNT_DQ);
+#else
+    dq_rows.add_in_place(dq, parameters.counters + COUNT_DQ, parameters.counters + COUNT_DQ + 1);
 #endif
-    dq_rows.hand_in<DQ_MODE == 1>(dq, parameters.counters + COUNT_DQ + DQ_MODE - 1);
 #endif
     if (tile.exists()) statistics.store(shared);
   }

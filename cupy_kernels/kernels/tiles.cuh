@@ -64,15 +64,15 @@ struct TileCopy {
     const int thread = threadIdx.x % THREADS;
     const int first_row = thread / ACROSS, first_column = thread % ACROSS * 4;
     const Stored* from = matrix + first_row * row_stride + first_column;
-    const int to = first_row * STRIDE;
+    const int to = first_row * STRIDE + first_column;
 #pragma unroll ROWS_AT_ONCE
     for (int row = 0; row < TILE_ROWS; row += DOWN, from += DOWN * row_stride) {
       if ((!SPARE || first_row + row < TILE_ROWS) && (WHOLE || first_row + row < rows)) {
-        const int to_column = swizzled<SWIZZLE>(first_row + row, first_column);
+        const int moved = swizzled<SWIZZLE>(first_row + row, first_column) - first_column;
 #pragma unroll
         for (int column = 0; column < TILE_COLUMNS; column += 4 * ACROSS) {
           if (WHOLE || first_column + column < columns) {
-            start_load_4(tile, to + row * STRIDE + to_column + column, from + column, counter);
+            start_load_4(tile, to + row * STRIDE + column + moved, from + column, counter);
           }
         }
       }

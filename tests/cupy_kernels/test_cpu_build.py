@@ -51,7 +51,7 @@ BUILDS = (
     Build("flash2", "backward", 32, "bfloat16", (("dq", "deterministic"), ("grouped_gradients", "expand"))),
     Build("flash2", "backward", 128, "float32", (("grouped_gradients", "reduce"), ("tiles", Tiles(q=64, kv=64)))),
     Build("flash2", "backward", 96, "float32", (("dq", "deterministic"), ("tiles", SMALL))),
-    Build("flash2", "backward", 32, "float16", (("dq", "load_add_store"),)),
+    Build("flash2", "backward", 32, "float16", (("dq", "load_add_store"), ("tiles", Tiles(q=64, kv=64)))),
     Build("flash1", "forward", 32),
     Build("flash1", "forward", 128, "float16"),
     Build("flash1", "forward", 64, "bfloat16", (("hbm_accumulator", "storage"), ("tiles", SMALL))),

@@ -111,7 +111,9 @@ def simulated_gradients(problem, host, saved, algorithm="flash2"):
 @settings(max_examples=60)
 @given(data=st.data())
 def test_bits_and_bytes_are_the_simulated_machines(algorithm, direction, data):
-    case = data.draw(verify.cases(algorithms=(algorithm,), directions=(direction,)))
+    # Plans other than the default ones, each a kernel to compile, are left to the verifier.
+    drawn = verify.cases(algorithms=(algorithm,), directions=(direction,), head_dims=(16, 40, 64, 88, 136, 256))
+    case = data.draw(drawn)
     found = verify.compare(case, verify.simulate(case))
     assert {name: value for name, value in found.items() if name != "elements"} == {
         "differing_elements": 0,
