@@ -21,7 +21,7 @@ _active: ContextVar[CountedTraffic | None] = ContextVar("count_traffic", default
 
 
 class CountedTraffic:
-    """What the kernels launched inside a :func:`count_traffic` moved."""
+    """What the kernels launched inside a :func:`cupy_kernels.count_traffic` moved."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[int, tuple[Counter, ...]], Any] = {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -503,7 +504,16 @@ def environment() -> dict[str, Any]:
         "multiprocessors": properties["multiProcessorCount"],
         "driver": cupy.cuda.runtime.driverGetVersion(),
         "versions": versions,
+        "kernel_sources": sources_digest(),
     }
+
+
+def sources_digest() -> str:
+    """Return a digest of the kernels' source."""
+    digest = hashlib.sha256()
+    for source in sorted(compiler.KERNEL_DIRECTORY.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

@@ -85,45 +85,122 @@ class AlgorithmTable(MarkdownDirective):
         return markdown_table(["name", "title", "directions", "what it does"], rows)
 
 
+def measurement(name: str) -> dict[str, Any]:
+    """Return a committed measurement."""
+    report: dict[str, Any] = json.loads((MEASUREMENTS / f"{name}.json").read_text(encoding="utf-8"))
+    return report
+
+
+def measured_on(report: dict[str, Any]) -> str:
+    """Return where a measurement was taken."""
+    versions, driver = report["versions"], report["driver"] // 1000
+    return f"{report['device']}, driver for CUDA {driver}, {versions['compiler']}, CuPy {versions['cupy']}"
+
+
 class KernelBits(MarkdownDirective):
-    """The measurement that holds a kernel's bits and counts against the simulated machine's."""
+    """The measurement that holds the kernels' bits and counts against the simulated machine's."""
 
     def lines(self) -> list[str]:
-        """Return its summary."""
-        report = json.loads((MEASUREMENTS / "flash2-forward-bits.json").read_text(encoding="utf-8"))
-        tally, versions = report["tally"], report["versions"]
+        """Return a row per program, and their sum."""
+        report = measurement("simt-bits")
+        tally, by_kind = report["tally"], report["problems_by_kind"]
+        dtypes = list(dict.fromkeys(kind.split()[2] for kind in sorted(by_kind)))
+        programs = list(dict.fromkeys(tuple(kind.split()[:2]) for kind in sorted(by_kind)))
+        rows = [[*program, *(f"{by_kind[' '.join((*program, dtype))]:,}" for dtype in dtypes)] for program in programs]
         return [
-            f"{report['device']}, {versions['compiler']}, CuPy {versions['cupy']}: {tally['problems']:,} problems, "
-            f"{tally['elements']:,} elements of output and log-sum-exp, {tally['differing_elements']} with other bits, "
-            f"{tally['differing_counts']} other counts.",
+            f"{measured_on(report)}: {tally['problems']:,} problems, {tally['elements']:,} elements of results, "
+            f"{tally['differing_elements']} with other bits; {tally['differing_counts']} other counts; "
+            f"{tally['written_outside']} results written beside.",
+            "",
+            *markdown_table(
+                ["algorithm", "direction", *(f"{dtype} problems" for dtype in dtypes)], rows, align="llrrr"
+            ),
         ]
+
+
+class KernelSanitizer(MarkdownDirective):
+    """What compute-sanitizer found."""
+
+    def lines(self) -> list[str]:
+        """Return one sentence."""
+        report = measurement("simt-sanitizer")
+        found = ", ".join(
+            f"{name} {tool['errors']} errors on {tool['tally']['problems']} problems"
+            for name, tool in report["tools"].items()
+        )
+        return [f"{measured_on(report)}, compute-sanitizer {report['compute_sanitizer']}: {found}."]
 
 
 class KernelSpeed(MarkdownDirective):
-    """The measured speed of a kernel beside other libraries."""
+    """The measured speed of the kernels beside other libraries, in one direction."""
+
+    required_arguments = 1
 
     def lines(self) -> list[str]:
         """Return one row per problem."""
-        report = json.loads((MEASUREMENTS / "flash2-forward-speed.json").read_text(encoding="utf-8"))
-        names = list(dict.fromkeys(row["contender"] for row in report["rows"] if row["contender"] != "flash2"))
-        keys = ("dtype", "head_dim", "length", "causal")
-        others = {(*(row[key] for key in keys), row["contender"]): row["time_over_flash2"] for row in report["rows"]}
-        rows = [
-            [
-                row["dtype"],
-                str(row["head_dim"]),
-                f"{row['length']:,}",
-                "yes" if row["causal"] else "no",
-                f"{row['milliseconds']:.2f}",
-                f"{100 * row['fraction_of_fp32_peak']:.1f} %",
-                *(f"{others[key]:.2f}" if (key := (*(row[k] for k in keys), name)) in others else "" for name in names),
+        report, direction = measurement("simt-speed"), self.arguments[0]
+        measured = [row for row in report["rows"] if row["direction"] == direction]
+        names = list(dict.fromkeys(row["contender"] for row in measured))
+        keys = ("head_dim", "length", "causal")
+        cells = {(*(row[key] for key in keys), row["contender"]): row for row in measured}
+        rows = []
+        for shape in dict.fromkeys(tuple(row[key] for key in keys) for row in measured):
+            own = cells[(*shape, "flash2")]
+            head_dim, length, causal = shape
+            times = [
+                f"{cells[(*shape, name)]['milliseconds']:.2f}" if (*shape, name) in cells else "" for name in names
             ]
-            for row in report["rows"]
-            if row["contender"] == "flash2"
+            fraction = f"{100 * own['fraction_of_fp32_peak']:.1f} %"
+            rows.append([str(head_dim), f"{length:,}", "yes" if causal else "no", fraction, *times])
+        heads = [
+            "head_dim",
+            "length",
+            "causal",
+            "flash2 of peak",
+            *(f"{name.replace('_attention', '')}, ms" for name in names),
         ]
-        peak = report["fp32_peak_flops_per_second"] / 1e12
-        heads = ["storage", "head_dim", "length", "causal", "ms", f"of {peak:.1f} TFLOP/s", *names]
-        return [f"{report['device']}, driver for CUDA {report['driver'] // 1000}.", "", *markdown_table(heads, rows)]
+        return markdown_table(heads, rows, align="rrl" + "r" * (len(heads) - 3))
+
+
+class KernelHost(MarkdownDirective):
+    """What calls and compilation cost the host."""
+
+    def lines(self) -> list[str]:
+        """Return a list."""
+        report = measurement("simt-speed")
+        host, peak = report["host"], report["fp32_peak_flops_per_second"] / 1e12
+        slowest = max(host["first_load_seconds"].items(), key=lambda item: item[1])
+        launch = host["launch_microseconds"]
+        calls = [
+            f"{text} {host[f'{name}_microseconds']:.1f} µs"
+            for name, text in (
+                ("attention", "one of `attention`"),
+                ("attention_out", "with `out=`"),
+                ("attention_backward", "one of `attention_backward`, four launches,"),
+                ("dlpack", "one of `attention` with PyTorch's tensors"),
+            )
+        ]
+        return [
+            f"- {measured_on(report)}; measured peak of fp32 {peak:.1f} TFLOP/s.",
+            f"- CuPy's launch of an empty kernel takes {launch:.1f} µs; {', '.join(calls)}.",
+            f"- First use of a kernel, compilation included: up to {slowest[1]:.1f} s ({slowest[0]}); loading it from "
+            f"the cache {host['cached_milliseconds']:.1f} ms.",
+        ]
+
+
+class KernelPlot(Directive):
+    """A picture of the measured speed."""
+
+    def run(self) -> list[nodes.Node]:
+        """Draw it beside the other static files and return the image."""
+        from cupy_kernels import bench
+
+        document = self.state.document.settings.env
+        target = Path(document.srcdir) / "_build" / "pictures" / "simt-speed.svg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        bench.plot(measurement("simt-speed")).savefig(target)
+        image = nodes.image(uri="/_build/pictures/simt-speed.svg", alt="TFLOP/s against the number of tokens")
+        return [image]
 
 
 class AlgorithmPages(TocTree):
@@ -273,6 +350,9 @@ def plain(text: str) -> str:
 DIRECTIVES: Mapping[str, type[Directive]] = {
     "algorithm-table": AlgorithmTable,
     "kernel-bits": KernelBits,
+    "kernel-host": KernelHost,
+    "kernel-plot": KernelPlot,
+    "kernel-sanitizer": KernelSanitizer,
     "kernel-speed": KernelSpeed,
     "algorithm-pages": AlgorithmPages,
     "algorithm-facts": AlgorithmFacts,
