@@ -112,7 +112,7 @@ def _row(variant: Variant, attempt: Attempt) -> dict[str, Any]:
     counting = values.pop("COUNT_TRAFFIC", None) is not None
     return {
         "kernel": variant.function,
-        "storage": values.pop("STORAGE"),
+        "storage": values.pop("STORAGE", ""),
         "columns": values.pop("COLUMNS", ""),
         "macros": " ".join(f"{name.lower()}={value}" for name, value in values.items()),
         "counting": counting,

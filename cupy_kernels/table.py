@@ -8,7 +8,7 @@ from cupy_kernels import flash1, flash2, standard
 from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.compiler import Variant
 from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES
-from cupy_kernels.program import Program
+from cupy_kernels.program import Kernel, Program
 from simattn.hardware import Hardware, get_hardware
 from simattn.plan import Direction, Plan
 from simattn.planning import DEFAULT_HARDWARE
@@ -103,17 +103,20 @@ def default_programs(problem: AttentionProblem, hardware: str | Hardware = DEFAU
                 yield make_program(name, direction, problem, plan, hardware)
 
 
-def variants(hardware: str | Hardware = DEFAULT_HARDWARE) -> Iterator[Variant]:
-    """Yield the kernels of the default plans of a GPU, each once, for compiling ahead."""
-    seen: set[Variant] = set()
+def default_kernels(hardware: str | Hardware = DEFAULT_HARDWARE) -> list[Kernel]:
+    """Return the kernels of the default plans of a GPU, each once."""
+    found: dict[Kernel, None] = {}
     for dtype in STORAGE_TYPES:
         for columns in COLUMN_BUCKETS:
             # Long and grouped enough for every step of a program to have something to do.
             problem = AttentionProblem(heads=2, kv_heads=1, q_len=256, head_dim=columns, dtype=dtype)
             for program in default_programs(problem, hardware):
-                for step in program.steps:
-                    for count_traffic in (False, True):
-                        variant = step.kernel.variant(count_traffic=count_traffic)
-                        if variant not in seen:
-                            seen.add(variant)
-                            yield variant
+                found |= dict.fromkeys(step.kernel for step in program.steps)
+    return list(found)
+
+
+def variants(hardware: str | Hardware = DEFAULT_HARDWARE) -> Iterator[Variant]:
+    """Yield what to compile ahead for the default plans of a GPU: every kernel, and its build that counts."""
+    for kernel in default_kernels(hardware):
+        for count_traffic in (False, True):
+            yield kernel.variant(count_traffic=count_traffic)

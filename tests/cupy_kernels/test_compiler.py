@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -338,29 +339,56 @@ def test_importing_the_compiler_imports_no_cupy():
 
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
-def test_every_kernel_compiles_without_spills_or_warnings(architecture, request):
+def test_every_kernel_compiles_without_spills_or_warnings(architecture, request, monkeypatch):
     directory = request.config.cache.mkdir("cubins")  # a run after a change compiles what changed
     done = warmup("--arch", architecture, "--json", CUPY_KERNELS_CACHE_DIR=str(directory))
-    rows = json.loads(done.stdout)
-    assert len(rows) == 21
+    rows, kernels = json.loads(done.stdout), table.default_kernels()
+    assert len(rows) == len(kernels)
+    assert {row["kernel"] for row in rows} == {kernel.function for kernel in kernels}
     for row in rows:
         assert row["complaints"] == "", row
-        assert row["registers"] <= 255
-        threads = int(row["query_rows"]) // int(row["rows_per_thread"]) * int(row["lanes"])
-        assert threads * int(row["blocks"]) * row["registers"] <= 65536
     assert done.returncode == 0
+    monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", str(directory))
+    for kernel in kernels:
+        made = compiler.find(kernel.variant(count_traffic=False), architecture)
+        blocks = int(dict(kernel.macros).get("BLOCKS", 1))
+        assert made.registers <= 255
+        assert kernel.threads * blocks * made.registers <= 65536, kernel
+        assert made.static_shared_bytes == 0
 
 
-def test_no_kernel_has_static_shared_memory_or_a_trace_of_counting(request, monkeypatch):
+def test_the_counting_build_is_another(request, monkeypatch):
     if why_no_nvrtc():
         pytest.skip(why_no_nvrtc())
     monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", str(request.config.cache.mkdir("cubins")))
-    fast, counting = [variant for variant in table.variants() if dict(variant.macros)["COLUMNS"] == "16"][:2]
-    assert "COUNT_TRAFFIC" in dict(counting.macros)
-    assert "COUNT_TRAFFIC" not in dict(fast.macros)
-    made = [compile_variant(variant, "sm_80") for variant in (fast, counting)]
-    assert [cubin.static_shared_bytes for cubin in made] == [0, 0]
+    kernel = table.default_kernels()[0]
+    made = [compile_variant(kernel.variant(count_traffic=counting), "sm_80") for counting in (False, True)]
     assert made[0].path.read_bytes() != made[1].path.read_bytes()
+
+
+@needs_nvrtc
+def test_the_fast_build_has_no_trace_of_counting(tmp_path, monkeypatch):
+    """Without the counters' address in the source, the fast builds are the same machine code."""
+    bare = tmp_path / "kernels"
+    shutil.copytree(compiler.KERNEL_DIRECTORY, bare)
+    uses = 0
+    for source in bare.iterdir():
+        text = source.read_text()
+        uses += text.count("parameters.counters")
+        source.write_text(text.replace("parameters.counters", "static_cast<unsigned long long*>(nullptr)"))
+    assert uses > 50
+    chosen = {kernel.function: kernel for kernel in table.default_kernels()}
+    monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", str(tmp_path / "cache"))
+    for kernel in chosen.values():
+        made = {}
+        for counting in (False, True):
+            for directory in (compiler.KERNEL_DIRECTORY, bare):
+                with monkeypatch.context() as patch:
+                    patch.setattr(compiler, "KERNEL_DIRECTORY", directory)
+                    cubin = compile_variant(kernel.variant(count_traffic=counting), "sm_80")
+                made[counting, directory == bare] = cubin.path.read_bytes()
+        assert made[False, False] == made[False, True], kernel.function
+        assert made[True, False] != made[True, True], kernel.function
 
 
 # The command line
@@ -373,20 +401,29 @@ def warmup(*arguments, **environment):
 
 @needs_nvrtc
 def test_warmup_fills_the_cache_once(tmp_path):
-    chosen = ("--arch", "sm_80", "--dtype", "float16", "--columns", "16", "32", "--counting")
+    chosen = ("--arch", "sm_80", "--dtype", "float16", "--columns", "16")
+    expected = [kernel for kernel in table.default_kernels() if is_chosen(kernel)]
     listed = warmup(*chosen, "--list", "--json", CUPY_KERNELS_CACHE_DIR=str(tmp_path))
-    assert [row["cached"] for row in json.loads(listed.stdout)] == [False] * 4
+    assert [row["cached"] for row in json.loads(listed.stdout)] == [False] * len(expected)
     assert not list(tmp_path.iterdir())
     for cached in (False, True):
         done = warmup(*chosen, "--json", CUPY_KERNELS_CACHE_DIR=str(tmp_path))
         assert done.returncode == 0
         rows = json.loads(done.stdout)
-        assert [(row["storage"], row["columns"]) for row in rows] == [("float16", "16")] * 2 + [("float16", "32")] * 2
-        assert [row["counting"] for row in rows] == [False, True, False, True]
-        assert [row["cached"] for row in rows] == [cached] * 4
-    table = warmup(*chosen, "--list", CUPY_KERNELS_CACHE_DIR=str(tmp_path)).stdout.splitlines()
-    assert len(table) == 2 + 4
-    assert table[0].split()[:3] == ["kernel", "storage", "columns"]
+        assert [row["kernel"] for row in rows] == [kernel.function for kernel in expected]
+        assert {(row["storage"], row["counting"]) for row in rows} == {("float16", False)}
+        assert [row["cached"] for row in rows] == [cached] * len(expected)
+    counting = warmup(*chosen, "--counting", "--list", "--json", CUPY_KERNELS_CACHE_DIR=str(tmp_path))
+    assert [row["cached"] for row in json.loads(counting.stdout)] == [True, False] * len(expected)
+    lines = warmup(*chosen, "--list", CUPY_KERNELS_CACHE_DIR=str(tmp_path)).stdout.splitlines()
+    assert len(lines) == 2 + len(expected)
+    assert lines[0].split()[:3] == ["kernel", "storage", "columns"]
+
+
+def is_chosen(kernel):
+    """Say whether ``--dtype float16 --columns 16`` chooses a kernel; those without column buckets are always."""
+    macros = dict(kernel.macros)
+    return macros["STORAGE"] == "float16" and macros.get("COLUMNS", "16") == "16"
 
 
 @needs_nvrtc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import simattn
 from cupy_kernels import cpu_build, verify
-from cupy_kernels.cpu_build import COPIES, ORDERS, run_program
+from cupy_kernels.cpu_build import COPIES, ORDERS, KernelFaultError, run_program
 from cupy_kernels.parameters import COLUMN_BUCKETS
 from cupy_kernels.table import ALGORITHMS, default_plan, make_program
 from simattn.plan import Tiles
@@ -336,12 +337,120 @@ FORWARD_FAULTS = {
     ),
     "rows read past the end": ("tiles.cuh", "first_row + row < rows", "true"),
     "columns read past the end": ("tiles.cuh", "first_column + column < columns", "true"),
-    "rows written past the end": ("flash2_forward.cu", "if (row < problem.q_len)", "if (true)"),
+    "rows written past the end": ("flash2_forward.cu", "if (row < parameters.problem.q_len)", "if (true)"),
     "columns written past the end": ("forward.cuh", "if (first < value_dim)", "if (true)"),
-    "rows never written": ("flash2_forward.cu", "if (row < problem.q_len)", "if (row < problem.q_len - 1)"),
+    "rows never written": ("flash2_forward.cu", "row < parameters.problem.q_len)", "row < parameters.problem.q_len - 1)"),
     "rows written twice": ("flash2_forward.cu", "if (place.lane == 0)", "if (place.lane <= 1)"),
     "shared memory overrun": ("flash2_forward.cu", "shared + STAGED_OFFSET", "shared + STAGED_OFFSET + 8"),
     "a load that is not counted": ("tiles.cuh", "  counter.add(16);\n  start_copy", "  start_copy"),
     "hidden keys that matter": ("forward.cuh", "if (!MASKED || band.sees(i, key))", "if (true)"),
     "keys past the end that matter": ("forward.cuh", " || key >= band.stop", ""),
 }  # fmt: skip
+BARRIER = "    __syncthreads();  // {}\n"
+
+BACKWARD_FAULTS = {
+    "no wait for queries and gradients": (
+        "flash2_backward.cu", "    wait_for_copies<0>();\n    __syncthreads();  // Q", "    __syncthreads();"),
+    "no barrier for queries and gradients": (
+        "flash2_backward.cu", BARRIER.format("Q, dO and statistics are there"), ""),
+    "no barrier for the probabilities": ("flash2_backward.cu", BARRIER.format("P is there"), ""),
+    "probabilities overwritten too early": (
+        "flash2_backward.cu", BARRIER.format("P and dO have been read"), ""),
+    "queries overwritten too early": ("flash2_backward.cu", BARRIER.format("Q has been read"), ""),
+    "hidden elements that matter to keys": ("backward.cuh", "if (band.sees(row, first_key + i))", "if (true)"),
+    "hidden elements that matter to queries": (
+        "backward.cuh", "if (band.sees(first_row + LANES_DOWN * i, key))", "if (true)"),
+    "queries past the end that matter": ("backward.cuh", "min(rows, end - first + 1)", "end - first + 1"),
+    "gradients written past the end": ("backward.cuh", "if (i * row_step < rows)", "if (true)"),
+    "gradient columns written past the end": ("backward.cuh", "if (c * ACROSS < columns)", "if (true)"),
+    "an addition that is not counted": ("tiles.cuh", "  counter.add(16);\n  add_4_floats", "  add_4_floats"),
+}  # fmt: skip
+
+FLASH1_FAULTS = {
+    "state read while others write it": (
+        "flash1_forward.cu", BARRIER.format("K and V are there, and the state of all rows has been stored"), ""),
+    "keys overwritten while others read them": (
+        "flash1_forward.cu", "    __syncthreads();  // K and V have been read\n", ""),
+    "state that is not reloaded": ("tiles.cuh", "words = reload_16_bytes", "words = load_16_bytes"),
+    "queries read before they are there": (
+        "flash1_forward.cu", "      wait_for_copies<0>();\n      __syncwarp();", "      __syncwarp();"),
+}  # fmt: skip
+
+STANDARD_FAULTS = {
+    "no wait for a chunk": ("products.cuh", "    wait_for_copies<0>();\n    __syncthreads();", "    __syncthreads();"),
+    "no barrier for a chunk": (
+        "products.cuh", "    __syncthreads();  // this chunk is there, and the one before has been read\n", ""),
+    "a number at the end of a row that is not counted": (
+        "tiles.cuh", "  counter.add(4);\n  return float_of_bits(load_4", "  return float_of_bits(load_4"),
+}  # fmt: skip
+
+FAULT_SHAPE = {"q_len": 70, "kv_len": 150, "heads": 2, "kv_heads": 1, "head_dim": 104, "value_dim": 112,
+               "dtype": "float32", "window": (60, 10)}  # fmt: skip
+
+FAULTY_PROGRAMS = {
+    "flash2 forward": (FORWARD_FAULTS, FAULT_SHAPE, {"tiles": Tiles(q=64, kv=64)}),
+    "flash2 backward": (BACKWARD_FAULTS, FAULT_SHAPE, {"tiles": Tiles(q=64, kv=64)}),
+    "flash1 forward": (FLASH1_FAULTS, {**FAULT_SHAPE, "head_dim": 24, "value_dim": 32}, {"tiles": Tiles(q=64, kv=32)}),
+    "standard forward": (STANDARD_FAULTS, {**FAULT_SHAPE, "kv_len": 149}, {"tiles": Tiles(q=64, kv=64)}),
+}
+FAULTS = [(program, name) for program, (faults, _, _) in FAULTY_PROGRAMS.items() for name in faults]
+
+
+def faulty_case(program):
+    """Return a case with NaN in keys that few rows see."""
+    _, shape, changes = FAULTY_PROGRAMS[program]
+    algorithm, direction = program.split()
+    problem = simattn.AttentionProblem(**shape)
+    plan = replace(default_plan(problem, algorithm=algorithm, direction=direction), **changes)
+    case = verify.random_case(algorithm, direction, problem, plan=plan)
+    for name in "kv":
+        case.inputs[name][:, :24] = np.nan
+    seen_by = problem.visible_elements()[:, :24].any(axis=1)
+    assert 0 < np.count_nonzero(seen_by) < 10
+    return case
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """Return each program's case, what its forward pass saved and what the sound kernels make of it."""
+    found = {}
+    for program in FAULTY_PROGRAMS:
+        case = faulty_case(program)
+        saved = verify.simulate(case).saved
+        found[program] = case, saved, *run_case(case, saved)
+    return found
+
+
+@pytest.fixture(scope="module")
+def faulty_kernels(tmp_path_factory):
+    """Plant each fault in a copy of the source, and compile what it is in."""
+    directories, builds = {}, []
+    for program, name in FAULTS:
+        file, old, new = FAULTY_PROGRAMS[program][0][name]
+        directory = tmp_path_factory.mktemp("fault") / "kernels"
+        shutil.copytree(cpu_build.KERNELS, directory)
+        text = (directory / file).read_text()
+        assert text.count(old) == 1, f"{name}: {old!r} occurs {text.count(old)} times"
+        (directory / file).write_text(text.replace(old, new))
+        directories[program, name] = directory
+        builds += [(step.kernel, directory) for step in program_of(faulty_case(program)).steps]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda build: cpu_build.build(*build), builds))
+    return directories
+
+
+@pytest.mark.parametrize(("program", "name"), FAULTS)
+def test_finds_a_planted_fault(program, name, faulty_kernels, sound):
+    case, saved, results, traffic = sound[program]
+    wanted = {key: results[key] for key in verify.RESULTS[case.direction]}
+    found = []
+    for order, copies in (("forward", "late"), ("reverse", "early"), ("random", "late")):
+        try:
+            again, counted = run_case(case, saved, order=order, copies=copies, kernels=faulty_kernels[program, name])
+            assert_results(case, again, wanted)
+            assert counted == traffic
+        except (KernelFaultError, AssertionError) as fault:
+            found.append(str(fault))
+        if found:
+            break
+    assert found, "the harness saw nothing wrong"
