@@ -337,9 +337,10 @@ FORWARD_FAULTS = {
     ),
     "rows read past the end": ("tiles.cuh", "first_row + row < rows", "true"),
     "columns read past the end": ("tiles.cuh", "first_column + column < columns", "true"),
-    "rows written past the end": ("flash2_forward.cu", "if (row < parameters.problem.q_len)", "if (true)"),
+    "rows written past the end": ("flash2_forward.cu", "row < parameters.problem.q_len)", "true)"),
     "columns written past the end": ("forward.cuh", "if (first < value_dim)", "if (true)"),
-    "rows never written": ("flash2_forward.cu", "row < parameters.problem.q_len)", "row < parameters.problem.q_len - 1)"),
+    "rows never written": (
+        "flash2_forward.cu", "row < parameters.problem.q_len)", "row + 1 < parameters.problem.q_len)"),
     "rows written twice": ("flash2_forward.cu", "if (place.lane == 0)", "if (place.lane <= 1)"),
     "shared memory overrun": ("flash2_forward.cu", "shared + STAGED_OFFSET", "shared + STAGED_OFFSET + 8"),
     "a load that is not counted": ("tiles.cuh", "  counter.add(16);\n  start_copy", "  start_copy"),
@@ -350,7 +351,7 @@ BARRIER = "    __syncthreads();  // {}\n"
 
 BACKWARD_FAULTS = {
     "no wait for queries and gradients": (
-        "flash2_backward.cu", "    wait_for_copies<0>();\n    __syncthreads();  // Q", "    __syncthreads();"),
+        "flash2_backward.cu", "    wait_for_copies<0>();\n    __syncthreads();  // Q", "    __syncthreads();  // Q"),
     "no barrier for queries and gradients": (
         "flash2_backward.cu", BARRIER.format("Q, dO and statistics are there"), ""),
     "no barrier for the probabilities": ("flash2_backward.cu", BARRIER.format("P is there"), ""),
