@@ -372,7 +372,7 @@ FLASH1_FAULTS = {
         "flash1_forward.cu", BARRIER.format("K and V are there, and the state of all rows has been stored"), ""),
     "keys overwritten while others read them": (
         "flash1_forward.cu", "    __syncthreads();  // K and V have been read\n", ""),
-    "state that is not reloaded": ("tiles.cuh", "words = reload_16_bytes", "words = load_16_bytes"),
+    "state that is not reloaded": ("tiles.cuh", "float_of_bits(reload_4_bytes", "float_of_bits(load_4_bytes"),
     "queries read before they are there": (
         "flash1_forward.cu", "      wait_for_copies<0>();\n      __syncwarp();", "      __syncwarp();"),
 }  # fmt: skip
