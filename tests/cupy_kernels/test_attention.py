@@ -18,10 +18,12 @@ import cupy_kernels
 from cupy_kernels import arrays, attention, attention_backward, count_traffic, default_plan, launch, workspace_bytes
 from cupy_kernels.parameters import struct_of
 from cupy_kernels.table import ALGORITHMS as KERNEL_ALGORITHMS
-from simattn import AttentionProblem, Traffic
+from cupy_kernels.table import make_program
+from simattn import AttentionProblem, Traffic, count
 from simattn.algorithms import ALGORITHMS
 from simattn.algorithms.flash2 import Flash2Plan
 from simattn.arithmetic.formats import numpy_dtype
+from simattn.hardware import get_hardware
 
 
 @pytest.fixture
@@ -90,6 +92,31 @@ def test_every_algorithm_is_one_of_the_simulator():
         assert algorithm.plan_class is ALGORITHMS[name].plan_class
         assert set(algorithm.programs) == set(algorithm.default_plans) == set(ALGORITHMS[name].programs)
         assert all("simt" in ALGORITHMS[name].exact_arithmetics[direction] for direction in algorithm.programs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("columns", range(16, 257, 40))
+def test_the_simulated_machine_takes_the_default_plans(columns, dtype):
+    """Both sides count by one plan, within the capacity that it enforces."""
+    problem = AttentionProblem(heads=4, kv_heads=2, q_len=5000, kv_len=3000, head_dim=columns, dtype=dtype)
+    shape = {name: getattr(problem, name) for name in ("heads", "kv_heads", "q_len", "kv_len", "head_dim", "dtype")}
+    for algorithm, found in KERNEL_ALGORITHMS.items():
+        for direction in found.programs:
+            plans = {default_plan(problem, algorithm=algorithm, direction=direction, deterministic=repeats)
+                     for repeats in (False, True)}  # fmt: skip
+            for plan in plans:
+                assert count(algorithm, **shape, direction=direction, plan=plan).hbm_bytes > 0
+
+
+def test_default_plans_fit_small_devices():
+    small = get_hardware("T4")
+    for columns in (16, 64, 128, 256):
+        problem = AttentionProblem(q_len=100, head_dim=columns, dtype="float32")
+        for algorithm, found in KERNEL_ALGORITHMS.items():
+            for direction in found.programs:
+                plan = default_plan(problem, small, algorithm=algorithm, direction=direction)
+                for step in make_program(algorithm, direction, problem, plan, small).steps:
+                    assert step.kernel.shared_bytes <= small.sram_bytes_per_block
 
 
 # Without a GPU

@@ -1,0 +1,61 @@
+"""The benchmark's reports: tables and pictures of measurements, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cupy_kernels import bench
+
+MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements"
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads((MEASUREMENTS / "simt-speed.json").read_text())
+
+
+def test_flops_are_the_papers():
+    forward = bench.Shape("forward", "float32", 64, 2048, causal=False)
+    assert forward.flops == 4 * 4 * 16 * 2048**2 * 64  # batch · heads · N² · d
+    backward = bench.Shape("backward", "float32", 64, 2048, causal=False)
+    assert 4 * backward.flops == 10 * forward.flops
+    causal = bench.Shape("forward", "float32", 64, 2048, causal=True)
+    assert 2 * causal.flops == forward.flops
+    assert [bench.Shape("forward", "float32", 64, length, causal=False).batch for length in (2048, 8192, 16384)] == [
+        4,
+        1,
+        1,
+    ]
+
+
+def test_the_report_is_consistent(report):
+    peak = report["fp32_peak_flops_per_second"]
+    for row in report["rows"]:
+        shape = bench.Shape(**{name: row[name] for name in bench.Shape.__dataclass_fields__})
+        seconds = row["milliseconds"] / 1e3
+        assert row["teraflops_per_second"] == pytest.approx(shape.flops / seconds / 1e12)
+        assert row["fraction_of_fp32_peak"] == pytest.approx(shape.flops / seconds / peak)
+        if row["counted_hbm_bytes"] is not None:
+            assert row["gigabytes_per_second"] == pytest.approx(row["counted_hbm_bytes"] / seconds / 1e9)
+
+
+def test_the_picture_has_a_line_for_every_contender(report):
+    figure = bench.plot(report)
+    assert len(figure.axes) == 2 * 2 * 3  # directions, masks, head dimensions
+    rows = [row for row in report["rows"] if row["dtype"] == "float32"]
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {row["contender"] for row in rows}
+    drawn = sum(len(line.get_xdata()) for axes in figure.axes for line in axes.get_lines()) - 2 * len(figure.axes)
+    assert drawn == len(rows)  # the peak's line has two points in every panel
+
+
+def test_an_earlier_run_is_read_and_drawn(tmp_path, capsys):
+    picture = tmp_path / "speed.svg"
+    assert bench.main(["--read", str(MEASUREMENTS / "simt-speed.json"), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "flash2 deterministic" in printed
+    assert "fp32 peak measured on" in printed
+    assert picture.read_text().startswith("<?xml")
