@@ -32,7 +32,7 @@ class KernelAlgorithm:
     saved
         Names of the arrays that the backward program takes from the forward program.
     is_deterministic
-        Whether a plan's backward pass returns the same bits every time.
+        Whether a plan's backward pass returns the same bits every time for a problem.
     """
 
     name: str
@@ -40,4 +40,4 @@ class KernelAlgorithm:
     default_plans: Mapping[Direction, DefaultPlan]
     programs: Mapping[Direction, MakeProgram]
     saved: tuple[str, ...]
-    is_deterministic: Callable[[Any], bool]
+    is_deterministic: Callable[[AttentionProblem, Any], bool]

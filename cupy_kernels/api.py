@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -18,7 +19,8 @@ from cupy_kernels.launch import (
     present_hardware,
 )
 from cupy_kernels.program import workspace_layout
-from cupy_kernels.table import default_plan, get_algorithm, make_program
+from cupy_kernels.table import chosen_program, get_algorithm
+from simattn.problem import checked_window
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -51,15 +53,15 @@ def attention(
 ) -> Any:
     """Compute softmax(scale · q kᵀ, masked) v on the GPU.
 
-    The result has the same bits on every device: those of ``simattn.run(algorithm, q, k, v, arithmetic="simt")`` with
-    the same plan.
+    With one plan, the result has the same bits on every device: those of
+    ``simattn.run(algorithm, q, k, v, arithmetic="simt", plan=plan)``.
 
     Parameters
     ----------
     q
         Queries, shape (batch, q_len, heads, head_dim), float32, float16 or bfloat16: a CuPy array, or an array on a
         CUDA device with ``__dlpack__`` or ``__cuda_array_interface__``. The dimensions of heads are multiples of 8
-        from 16 to 256. Any strides are taken as long as rows of ``head_dim`` are contiguous and start at multiples of
+        from 8 to 256. Any strides are taken as long as rows of ``head_dim`` are contiguous and start at multiples of
         16 bytes (float32) or 8 bytes.
     k
         Keys, shape (batch, kv_len, kv_heads, head_dim), where ``kv_heads`` divides ``heads``; stored like q.
@@ -94,7 +96,8 @@ def attention(
         Whether to return what :func:`attention_backward` needs too.
     workspace
         Memory for what "flash1" and "standard" keep in between: a C-contiguous array of at least
-        :func:`workspace_bytes` bytes. Default: taken from CuPy's pool for the time of the call.
+        :func:`workspace_bytes` bytes that overlaps nothing else. Default: taken from CuPy's pool for the time of the
+        call.
 
     Returns
     -------
@@ -174,7 +177,9 @@ def _attention(
     )
     addresses = [q.data.ptr, k.data.ptr, v.data.ptr, *launch.no_addresses]
     launch.check_addresses(addresses)
-    wanted = _wanted(algorithm, return_lse, return_saved)
+    _check_flag("return_lse", return_lse)
+    _check_flag("return_saved", return_saved)
+    wanted = _wanted(algorithm, bool(return_lse), bool(return_saved))
     results: dict[str, Any] = {}
     given = given_lse = None
     if out is not None:
@@ -221,9 +226,10 @@ def attention_backward(
 ) -> tuple[Any, Any, Any]:
     """Compute the gradients of :func:`attention` on the GPU.
 
-    dk and dv, and with ``deterministic`` or an algorithm other than "flash2" also dq, have the same bits on every
-    device: those of ``simattn.run_backward(algorithm, q, k, v, dout, arithmetic="simt", saved=...)`` with the same
-    plan.
+    With one plan, the results have the same bits on every device, those of
+    ``simattn.run_backward(algorithm, q, k, v, dout, arithmetic="simt", saved=saved, plan=plan)``; all but what the plan
+    has added up in no fixed order: dq of "flash2" unless ``deterministic``, and dk and dv of grouped heads where
+    ``plan.grouped_gradients`` is "reduce".
 
     Parameters
     ----------
@@ -233,13 +239,14 @@ def attention_backward(
         As :func:`attention` had them.
     out, lse
         What :func:`attention` returned with ``return_lse``: shape (batch, q_len, heads, value_dim) stored like q, and
-        (batch, heads, q_len) float32. "flash2" needs both.
+        (batch, heads, q_len) float32. "flash2" needs both, here or in ``saved``; what an algorithm does not need is
+        not looked at.
     scale, causal, window
         As :func:`attention` had them.
     deterministic
         Whether dq must have the same bits every time. By default "flash2" adds up the parts of dq in float32 in
         whatever order they are ready, which is faster; with ``deterministic`` a second kernel computes the scores
-        again. The other algorithms always return the same bits.
+        again. A plan that adds in no fixed order is refused.
     algorithm
         As :func:`attention` had it.
     saved
@@ -251,8 +258,8 @@ def attention_backward(
     plan
         Default: :func:`cupy_kernels.default_plan` for the backward direction.
     workspace
-        Memory for what the program keeps in between: a C-contiguous array of at least :func:`workspace_bytes` bytes.
-        Default: taken from CuPy's pool for the time of the call.
+        Memory for what the program keeps in between: a C-contiguous array of at least :func:`workspace_bytes` bytes
+        that overlaps nothing else. Default: taken from CuPy's pool for the time of the call.
 
     Returns
     -------
@@ -310,8 +317,7 @@ def _attention_backward(
 ) -> tuple[Any, Any, Any]:
     """Launch on the current device, which is the arrays'."""
     counted = active_count()
-    if not isinstance(deterministic, (bool, np.bool_)):
-        raise TypeError(f"deterministic={deterministic!r}: expected a bool")
+    _check_flag("deterministic", deterministic)
     described = tuple(part for array in given.values() for part in (array.shape, array.strides, array.dtype))
     launch = _prepared(
         device, algorithm, "backward", tuple(given), scale, causal, window, plan, bool(deterministic),
@@ -361,7 +367,7 @@ def workspace_bytes(
     return_saved: bool = False,
     plan: Plan | None = None,
 ) -> int:
-    """Return the bytes of device memory that a call needs besides its arguments and results.
+    """Return the bytes that the ``workspace`` of a call must have.
 
     Parameters
     ----------
@@ -377,14 +383,12 @@ def workspace_bytes(
     TypeError, ValueError, RuntimeError
         As the call does.
     """
-    require_cupy()
-    chosen = get_algorithm(algorithm)
-    problem = checked_problem(dict(zip(_INPUTS, (q, k, v), strict=True)), scale=None, causal=causal, window=window)
-    hardware = present_hardware(require_cupy().cuda.runtime.getDevice())
-    if plan is None:
-        plan = default_plan(problem, hardware, algorithm=algorithm, direction=direction, deterministic=deterministic)
-    program = make_program(algorithm, direction, problem, plan, hardware)
-    brought = _wanted(chosen.name, return_lse, return_saved) if direction == "forward" else frozenset()
+    arrays = {name: device_array(name, array) for name, array in (("q", q), ("k", k), ("v", v))}
+    _check_flag("causal", causal)
+    problem = checked_problem(arrays, scale=None, causal=causal, window=window)
+    hardware = present_hardware(arrays["q"].data.device_id)
+    program = chosen_program(algorithm, direction, problem, plan, hardware, deterministic=deterministic)
+    brought = _wanted(algorithm, return_lse, return_saved) if direction == "forward" else _NOTHING
     return workspace_layout(kept_in_workspace(program, brought), WORKSPACE_ALIGNMENT)[1]
 
 
@@ -401,11 +405,12 @@ def _prepared(
     count_traffic: bool,
     described: tuple[Any, ...],
 ) -> Launch:
-    """Return the launch for the arguments of a call."""
-    if causal is not False and causal is not True and not isinstance(causal, np.bool_):
-        raise TypeError(f"causal={causal!r}: expected a bool")  # 1 would find what True left in the cache
-    if isinstance(window, list):
-        window = tuple(window)
+    """Return the launch for the arguments of a call, its options brought to what they are cached by."""
+    _check_flag("causal", causal)
+    if scale is not None and scale.__class__ is not float:
+        scale = _number("scale", scale)
+    if window is not None:
+        window = checked_window(window)
     try:
         return prepare(
             device, algorithm, direction, names, scale, causal, window, plan, deterministic, count_traffic, described
@@ -413,10 +418,32 @@ def _prepared(
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
-        raise TypeError(
-            f"scale={scale!r}, causal={causal!r}, window={window!r}, algorithm={algorithm!r}, plan={plan!r}: expected "
-            "a number, a bool, a pair of integers, a name and a simattn plan"
-        ) from None
+        get_algorithm(algorithm)
+        raise TypeError(f"plan is a {type(plan).__name__}: expected a simattn plan") from None
+
+
+def _check_flag(name: str, value: object) -> None:
+    """Raise a TypeError unless an option is a bool; 1 would find what True left in a cache."""
+    if value is not False and value is not True and not isinstance(value, np.bool_):
+        raise TypeError(f"{name}={value!r}: expected a bool")
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a real number as a float.
+
+    Raises
+    ------
+    TypeError
+        If it is none.
+    ValueError
+        If a float cannot hold it.
+    """
+    if not isinstance(value, (numbers.Real, np.number)) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is an integer of {len(str(value))} digits: expected one that a float holds") from None
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -157,7 +158,7 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...], item_bytes: int) ->
 
 
 def check_output(
-    name: str, array: Any, shape: tuple[int, ...], dtype: Any, device: int, inputs: dict[str, tuple[int, int]]
+    name: str, array: Any, shape: tuple[int, ...], dtype: Any, device: int, taken: Mapping[str, tuple[int, int]]
 ) -> None:
     """Raise unless a result can be written to an array.
 
@@ -169,7 +170,7 @@ def check_output(
         A CuPy array.
     shape, dtype, device
         What it must have.
-    inputs
+    taken
         First byte and one past the last of the arrays it must not overlap, by name.
 
     Raises
@@ -177,7 +178,7 @@ def check_output(
     TypeError
         If its dtype is another.
     ValueError
-        If its shape or device is another, it is not C-contiguous, or it overlaps an input.
+        If its shape or device is another, it is not C-contiguous, or it overlaps one of them.
     """
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}: expected {shape}")
@@ -186,7 +187,11 @@ def check_output(
     check_device(name, array.data.device_id, device)
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} has strides {array.strides} bytes: expected a C-contiguous array")
-    start, stop = array.data.ptr, array.data.ptr + array.nbytes
-    for other, (first, last) in inputs.items():
-        if start < last and first < stop:
+    check_apart(name, array.data.ptr, array.data.ptr + array.nbytes, taken)
+
+
+def check_apart(name: str, start: int, stop: int, taken: Mapping[str, tuple[int, int]]) -> None:
+    """Raise a ValueError if memory overlaps that of an array of a call; empty memory overlaps nothing."""
+    for other, (first, last) in taken.items():
+        if start < last and first < stop and start < stop and first < last:
             raise ValueError(f"{name} overlaps {other} in memory: expected memory of its own")

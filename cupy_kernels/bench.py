@@ -497,8 +497,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=11, help="times that each contender is timed (default 11)")
     parser.add_argument("--dtype", choices=("float32", "float16"), help="only this storage format")
     parser.add_argument("--direction", choices=("forward", "backward"), help="only this direction")
-    parser.add_argument("--head-dims", nargs="+", type=int, default=(64, 128, 256), help="only these head dimensions")
-    parser.add_argument("--lengths", nargs="+", type=int, default=(2048, 4096, 8192), help="only these lengths")
+    parser.add_argument(
+        "--head-dims", nargs="+", type=int, choices=(64, 128, 256), default=(64, 128, 256), help="only these"
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, choices=(2048, 4096, 8192), default=(2048, 4096, 8192), help="only these"
+    )
     parser.add_argument(
         "--peer",
         action="append",

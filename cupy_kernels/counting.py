@@ -58,6 +58,11 @@ class CountedTraffic:
             total = total + inner.traffic
         return total
 
+    def synchronize(self) -> None:
+        """Wait until no kernel adds to the counters, whose memory goes with this object."""
+        for device, _ in self._buffers:
+            require_cupy().cuda.Device(device).synchronize()
+
     def __repr__(self) -> str:
         return repr(self.traffic)
 
@@ -67,7 +72,8 @@ def count_traffic() -> Iterator[CountedTraffic]:
     """Count the bytes that kernels read from and write to global memory, by array.
 
     Kernels launched by this thread inside the ``with`` block are counted, slower than otherwise. Blocks nest: the
-    outer one counts what the inner one does too.
+    outer one counts what the inner one does too. Leaving a block waits for its kernels; they cannot be captured in a
+    graph.
 
     Yields
     ------
@@ -97,6 +103,7 @@ def count_traffic() -> Iterator[CountedTraffic]:
         yield counted
     finally:
         _active.reset(token)
+        counted.synchronize()
 
 
 def active_count() -> CountedTraffic | None:

@@ -12,7 +12,7 @@ from cupy_kernels import elementwise, flash2
 from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.backward_tiles import FLASH1_NUMBERS_PER_THREAD, BackwardTiles
 from cupy_kernels.forward_tiles import ForwardTiles, first_that_fits, too_large
-from cupy_kernels.gradients import GRID_HEADS, GroupedGradient
+from cupy_kernels.gradients import GRID_HEADS, GroupedGradient, grouping
 from cupy_kernels.parameters import column_bucket
 from cupy_kernels.program import (
     Access,
@@ -155,5 +155,5 @@ ALGORITHM = KernelAlgorithm(
     default_plans={"forward": default_forward_plan, "backward": default_backward_plan},
     programs={"forward": forward, "backward": backward},
     saved=("out", "row_max", "row_sum"),
-    is_deterministic=lambda plan: plan.grouped_gradients != "reduce",
+    is_deterministic=lambda problem, plan: grouping(problem, plan) != "reduce",
 )

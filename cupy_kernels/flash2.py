@@ -11,8 +11,9 @@ from cupy_kernels import elementwise
 from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.backward_tiles import NUMBERS_PER_THREAD, SEQUENTIAL_NUMBERS_PER_THREAD, BackwardTiles
 from cupy_kernels.forward_tiles import ForwardTiles, first_that_fits
-from cupy_kernels.gradients import GRID_HEADS, GroupedGradient
-from cupy_kernels.parameters import check_supported, column_bucket
+from cupy_kernels.gradients import GRID_HEADS, GroupedGradient, grouping
+from cupy_kernels.parameters import check_plan as check_every_plan
+from cupy_kernels.parameters import column_bucket
 from cupy_kernels.program import (
     Access,
     Kernel,
@@ -72,7 +73,7 @@ DQ_ACCESS: dict[str, Access | Literal[""]] = {"deterministic": "", "reduce": "a"
 # Plans
 
 
-def default_forward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool = True) -> Flash2Plan:
+def default_forward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> Flash2Plan:
     """Return the best tiles that fit the device's shared memory."""
     best = FORWARD_TILES[column_bucket(problem)]
     smaller = [tiles for tiles in SMALLER_TILES if tiles.q * tiles.kv < best.q * best.kv]
@@ -117,7 +118,7 @@ def forward(problem: AttentionProblem, plan: Flash2Plan, hardware: Hardware) -> 
 
 def check_plan(problem: AttentionProblem, plan: Plan) -> None:
     """Raise a ValueError unless there are kernels for a plan; fields that decide nothing but on-chip traffic pass."""
-    check_supported(problem, plan)
+    check_every_plan(plan)
     depth = plan.tiles.depth
     if depth is not None and depth < max(problem.head_dim, problem.value_dim):
         raise ValueError(f"plan.tiles.depth={depth}: expected None, the kernel takes all columns at a time")
@@ -207,5 +208,5 @@ ALGORITHM = KernelAlgorithm(
     default_plans={"forward": default_forward_plan, "backward": default_backward_plan},
     programs={"forward": forward, "backward": backward},
     saved=("out", "lse"),
-    is_deterministic=lambda plan: plan.dq != "reduce" and plan.grouped_gradients != "reduce",
+    is_deterministic=lambda problem, plan: plan.dq != "reduce" and grouping(problem, plan) != "reduce",
 )

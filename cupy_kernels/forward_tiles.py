@@ -69,12 +69,8 @@ class ForwardTiles:
         """
         gpu, columns, tiles = get_hardware(hardware), column_bucket(problem), plan.tiles
         lanes, rows_per_thread = _thread_tile(tiles, columns, thread_tiles)
-        warp_rows = 32 // lanes * rows_per_thread
-        if tiles.q % warp_rows or tiles.kv % 16:
-            raise ValueError(
-                f"plan.tiles=({tiles.q}, {tiles.kv}): the kernel for {columns} columns takes query rows in multiples "
-                f"of {warp_rows} and keys in multiples of 16"
-            )
+        if tiles.kv % 16:
+            raise ValueError(f"plan.tiles.kv={tiles.kv}: the kernel takes keys in multiples of 16")
         threads = tiles.q // rows_per_thread * lanes
         if threads > MOST_THREADS:
             raise ValueError(
@@ -113,11 +109,16 @@ class ForwardTiles:
 def _thread_tile(tiles: Tiles, columns: int, shapes: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
     """Return the lanes that share a row and the rows of a thread, such that its numbers fit its registers."""
     for lanes, rows_per_thread, most in shapes:
-        if 2 * lanes <= columns and rows_per_thread * (tiles.kv + columns) // lanes <= most:
+        fits_registers = 2 * lanes <= columns and rows_per_thread * (tiles.kv + columns) // lanes <= most
+        if fits_registers and tiles.q % (32 // lanes * rows_per_thread) == 0:
             return lanes, rows_per_thread
-    longest = max(lanes * most // rows_per_thread - columns for lanes, rows_per_thread, most in shapes
-                  if 2 * lanes <= columns)  # fmt: skip
-    raise ValueError(f"plan.tiles.kv={tiles.kv}: the kernel for {columns} columns takes up to {longest}")
+    usable = [shape for shape in shapes if 2 * shape[0] <= columns]
+    multiple = min(32 // lanes * rows_per_thread for lanes, rows_per_thread, _ in usable)
+    longest = max(lanes * most // rows_per_thread - columns for lanes, rows_per_thread, most in usable)
+    raise ValueError(
+        f"plan.tiles=({tiles.q}, {tiles.kv}): the kernel for {columns} columns takes query rows in multiples of "
+        f"{multiple}, more for long tiles of keys, and takes up to {longest} keys"
+    )
 
 
 def fits(gpu: Hardware, shared_bytes: int, blocks: int = 1) -> bool:

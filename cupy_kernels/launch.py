@@ -7,18 +7,27 @@ ones only fills in addresses and launches.
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
 from cupy_kernels import compiler
-from cupy_kernels.arrays import check_output, check_pointer, check_strides, extent, output_array, require_cupy
+from cupy_kernels.arrays import (
+    check_apart,
+    check_output,
+    check_pointer,
+    check_strides,
+    extent,
+    output_array,
+    require_cupy,
+)
 from cupy_kernels.compiler import Variant
 from cupy_kernels.counting import CountedTraffic
-from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES, parameters
+from cupy_kernels.parameters import STORAGE_TYPES, check_supported, parameters
 from cupy_kernels.program import Array, Program, Step, workspace_layout
-from cupy_kernels.table import default_plan, get_algorithm, make_program
+from cupy_kernels.table import chosen_program
 from simattn.arithmetic.formats import ITEM_BYTES
 from simattn.hardware import Hardware, get_hardware
 from simattn.plan import Direction, Plan
@@ -74,7 +83,6 @@ class _Launched:
         self.write_addresses = struct.Struct(f"{len(self.slots) + 1}Q").pack_into
         self.grid, self.block, self.shared_bytes = (step.blocks,), (kernel.threads,), kernel.shared_bytes
         self.counters = step.counters
-        self.arrays = tuple(program.array[name] for name in step.arrays)
         self.step, self.function = step, None
 
     def load(self, device: int, *, count_traffic: bool) -> None:
@@ -133,14 +141,8 @@ class Launch:
         count_traffic: bool,
     ) -> None:
         hardware = present_hardware(device)
-        if plan is None:
-            plan = default_plan(
-                problem, hardware, algorithm=algorithm, direction=direction, deterministic=deterministic
-            )
-        program = make_program(algorithm, direction, problem, plan, hardware)
-        if deterministic and not get_algorithm(algorithm).is_deterministic(plan):
-            raise ValueError(f"deterministic=True, and plan={plan} adds in no fixed order: expected another plan")
-        self.device, self.program, self.dtype = device, program, given["q"].dtype
+        program = chosen_program(algorithm, direction, problem, plan, hardware, deterministic=deterministic)
+        self.device, self.program = device, program
         check_inputs(program, given)
         self.alignment = {array.name: row_alignment(array) for array in program.with_role("input")}
         self.extents = {
@@ -203,6 +205,14 @@ class Launch:
         arrangement = self._arrangements.get(brought)
         if arrangement is None:
             arrangement = self._arrangements[brought] = _Arrangement(self.program, brought)
+        workspace_address = 0
+        if workspace is not None:
+            taken = self.taken(dict(zip(self.inputs, addresses, strict=False)))
+            for array in self.program.arrays:
+                if array.role == "output" or array.name in brought:
+                    address = addresses[self.slot[array.name]]
+                    taken[array.name] = (address, address + array.nbytes)
+            workspace_address = _checked_workspace(workspace, arrangement.workspace_bytes, self.device, taken)
         if arrangement.workspace_bytes:
             size = arrangement.workspace_bytes
             if workspace is None:
@@ -210,7 +220,7 @@ class Launch:
                 memory = require_cupy().cuda.alloc(size)
                 base = memory.ptr
             else:
-                base = _checked_workspace(workspace, size, self.device)
+                base = workspace_address
             for slot, offset in arrangement.offsets:
                 addresses[slot] = base + offset
         for slot, size in arrangement.unread:
@@ -256,8 +266,8 @@ def _given_strides(array: Array, given: Description) -> tuple[int, int, int]:
     return steps[0], steps[2], steps[1]
 
 
-def _checked_workspace(workspace: Any, size: int, device: int) -> int:
-    """Return the address of the caller's workspace."""
+def _checked_workspace(workspace: Any, size: int, device: int, taken: Mapping[str, tuple[int, int]]) -> int:
+    """Return the address of the caller's workspace, which overlaps nothing that is taken."""
     workspace = output_array("workspace", workspace)
     if workspace.nbytes < size:
         raise ValueError(f"workspace has {workspace.nbytes} bytes: expected at least {size}")
@@ -267,10 +277,12 @@ def _checked_workspace(workspace: Any, size: int, device: int) -> int:
         raise ValueError(f"workspace has strides {workspace.strides} bytes: expected a C-contiguous array")
     address = int(workspace.data.ptr)
     check_pointer("workspace", address, WORKSPACE_ALIGNMENT)
+    check_apart("workspace", address, address + size, taken)
     return address
 
 
 _spare: dict[int, list[Any]] = {}
+_spare_lock = threading.Lock()
 
 
 def _spare_address(device: int, size: int) -> int:
@@ -278,10 +290,12 @@ def _spare_address(device: int, size: int) -> int:
 
     The memory is never read and never given back, so that any stream and any captured graph may write to it.
     """
-    held = _spare.get(device)
-    if held is None or held[-1].size < size:
-        larger = max(size, SMALLEST_SPARE_BYTES, 2 * held[-1].size if held else 0)
-        _spare[device] = held = [*(held or []), require_cupy().cuda.Memory(larger)]
+    held = _spare.setdefault(device, [])
+    if not held or held[-1].size < size:
+        with _spare_lock:
+            if not held or held[-1].size < size:
+                larger = max(size, SMALLEST_SPARE_BYTES, 2 * held[-1].size if held else 0)
+                held.append(require_cupy().cuda.Memory(larger))
     address: int = held[-1].ptr
     return address
 
@@ -350,11 +364,7 @@ def checked_problem(
     for name, shape, expected in (("k", k, (q[0], *k[1:3], q[3])), ("v", v, (*k[:3], v[3]))):
         if shape != expected:
             raise ValueError(f"{name} has shape {shape}: expected {expected} for q of shape {q} and k of shape {k}")
-    smallest, largest = COLUMN_BUCKETS[0], COLUMN_BUCKETS[-1]
-    for name, columns in (("head_dim", q[3]), ("value_dim", v[3])):
-        if columns % 8 or not smallest <= columns <= largest:
-            raise ValueError(f"{name}={columns}: expected a multiple of 8 from {smallest} to {largest}")
-    return AttentionProblem(
+    problem = AttentionProblem(
         batch=q[0],
         heads=q[2],
         kv_heads=k[2],
@@ -367,6 +377,8 @@ def checked_problem(
         causal=causal,
         window=window,
     )
+    check_supported(problem)
+    return problem
 
 
 def check_inputs(program: Program, given: Mapping[str, Description]) -> None:

@@ -112,20 +112,28 @@ def scale_log2(problem: AttentionProblem) -> float:
     return float(np.float32(problem.scale * math.log2(math.e)))
 
 
-def check_supported(problem: AttentionProblem, plan: Plan) -> None:
-    """Raise a ValueError unless the CUDA-core kernels take the problem and the plan."""
+def check_supported(problem: AttentionProblem) -> None:
+    """Raise a ValueError unless the CUDA-core kernels take the problem."""
     if problem.dtype not in STORAGE_TYPES:
         raise ValueError(f"dtype={problem.dtype!r}: the kernel takes {STORAGE_TYPES}")
     if problem.block_mask is not None:
         raise ValueError("block_mask is given: the kernel takes causal masks and windows")
     for name in ("head_dim", "value_dim"):
         value = getattr(problem, name)
-        if value % 8 or value > COLUMN_BUCKETS[-1]:
-            raise ValueError(f"{name}={value}: the kernel takes multiples of 8 up to {COLUMN_BUCKETS[-1]}")
+        if value % 8 or not 8 <= value <= COLUMN_BUCKETS[-1]:
+            raise ValueError(f"{name}={value}: expected a multiple of 8 from 8 to {COLUMN_BUCKETS[-1]}")
     for name in ("q_len", "kv_len"):
         value = getattr(problem, name)
         if value > LONGEST:
             raise ValueError(f"{name}={value}: the kernel takes up to {LONGEST}")
+    with np.errstate(over="ignore", under="ignore"):
+        factors = np.array([problem.scale, problem.scale * math.log2(math.e)]).astype(np.float32)
+    if not np.isfinite(factors).all() or not factors.all():
+        raise ValueError(f"scale={problem.scale}: expected a number whose product with log2(e) float32 holds")
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise a ValueError unless the CUDA-core kernels take what every plan has."""
     if plan.repeat_kv:
         raise ValueError("plan.repeat_kv=True: the kernel reads grouped keys where they are")
     if plan.accumulators != "registers":

@@ -89,14 +89,6 @@ class Array:
         return self.heads * self.rows * columns, columns, self.rows * columns
 
     @property
-    def element_strides(self) -> tuple[int, ...]:
-        """Elements between neighbours along each axis of ``shape``, as the array is made."""
-        batch, row, head = self.strides
-        if self.kind == "matrix":
-            return batch, row, head, 1
-        return (batch, head, row) if self.kind == "statistic" else (batch, head, row, 1)
-
-    @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """Storage format as NumPy has it."""
         return numpy_dtype(self.dtype)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.forward_tiles import fits
-from cupy_kernels.gradients import GRID_HEADS, GroupedGradient
-from cupy_kernels.parameters import COLUMN_BUCKETS, Operand, check_supported, scale_log2
+from cupy_kernels.gradients import GRID_HEADS, GroupedGradient, grouping
+from cupy_kernels.parameters import COLUMN_BUCKETS, Operand, check_plan, scale_log2
 from cupy_kernels.program import (
     Access,
     Array,
@@ -24,8 +24,9 @@ from cupy_kernels.program import (
     square,
 )
 from simattn.algorithms.standard import StandardPlan, complete_plan
-from simattn.hardware import Hardware
+from simattn.hardware import Hardware, get_hardware
 from simattn.plan import Tiles, depth_of
+from simattn.planning import DEFAULT_HARDWARE
 from simattn.problem import AttentionProblem
 from simattn.sums import ceil_div
 
@@ -39,10 +40,14 @@ MULTIPLES = (64, 128)
 
 
 def default_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> StandardPlan:
-    """Return tiles of 128 × 128, and the softmax kernels' passes that fit the device."""
-    plan = StandardPlan(tiles=Tiles(q=128, kv=128, depth=128))
-    completed: StandardPlan = complete_plan(problem, plan, hardware.sram_bytes_per_block)
-    return completed
+    """Return tiles of 128 × 128."""
+    return completed(problem, StandardPlan(tiles=Tiles(q=128, kv=128, depth=128)))
+
+
+def completed(problem: AttentionProblem, plan: StandardPlan) -> StandardPlan:
+    """Return a plan with its softmax passes settled, on every device as the simulated machine does by default."""
+    settled: StandardPlan = complete_plan(problem, plan, get_hardware(DEFAULT_HARDWARE).sram_bytes_per_block)
+    return settled
 
 
 # Programs
@@ -50,7 +55,8 @@ def default_plan(problem: AttentionProblem, hardware: Hardware, deterministic: b
 
 def forward(problem: AttentionProblem, plan: StandardPlan, hardware: Hardware) -> Program:
     """Return the forward program: S = scale · Q Kᵀ, P = softmax(S), O = P V."""
-    plan = check_plan(problem, plan, hardware)
+    check_plan(plan)
+    plan = completed(problem, plan)
     q, k, v = inputs(problem)
     out, lse = forward_results(problem)
     scores, probabilities = square(problem, "scores", "workspace"), square(problem, "probabilities", "saved")
@@ -64,7 +70,8 @@ def forward(problem: AttentionProblem, plan: StandardPlan, hardware: Hardware) -
 
 def backward(problem: AttentionProblem, plan: StandardPlan, hardware: Hardware) -> Program:
     """Return the backward program: dV = Pᵀ dO, dP = dO Vᵀ, dS = softmax gradient, dQ = dS K, dK = dSᵀ Q."""
-    plan = check_plan(problem, plan, hardware)
+    check_plan(plan)
+    plan = completed(problem, plan)
     q, k, v = inputs(problem)
     dout = query_matrix(problem, "dout", problem.value_dim, "input")
     probabilities = square(problem, "probabilities", "input")
@@ -80,19 +87,6 @@ def backward(problem: AttentionProblem, plan: StandardPlan, hardware: Hardware) 
     ]
     arrays = (q, k, v, dout, probabilities, dprobabilities, dscores, dq, *dk_total.arrays, *dv_total.arrays)
     return program_of(problem, arrays, steps)
-
-
-def check_plan(problem: AttentionProblem, plan: StandardPlan, hardware: Hardware) -> StandardPlan:
-    """Return the plan with its softmax passes settled.
-
-    Raises
-    ------
-    ValueError
-        If there are no kernels for it.
-    """
-    check_supported(problem, plan)
-    completed: StandardPlan = complete_plan(problem, plan, hardware.sram_bytes_per_block)
-    return completed
 
 
 def product(
@@ -289,5 +283,5 @@ ALGORITHM = KernelAlgorithm(
     default_plans={"forward": default_plan, "backward": default_plan},
     programs={"forward": forward, "backward": backward},
     saved=("probabilities",),
-    is_deterministic=lambda plan: plan.grouped_gradients != "reduce",
+    is_deterministic=lambda problem, plan: grouping(problem, plan) != "reduce",
 )

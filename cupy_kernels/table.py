@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from cupy_kernels import flash1, flash2, standard
 from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.compiler import Variant
-from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES
+from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES, check_supported
 from cupy_kernels.program import Kernel, Program
 from simattn.hardware import Hardware, get_hardware
 from simattn.plan import Direction, Plan
@@ -30,7 +32,7 @@ def get_algorithm(name: str | None) -> KernelAlgorithm:
     """
     if name is None:
         return ALGORITHMS[DEFAULT_ALGORITHM]
-    if name not in ALGORITHMS:
+    if not isinstance(name, str) or name not in ALGORITHMS:
         raise ValueError(f"algorithm={name!r} has no kernel: expected one of {tuple(ALGORITHMS)}")
     return ALGORITHMS[name]
 
@@ -45,7 +47,7 @@ def default_plan(
 ) -> Plan:
     """Return the plan that the calls use when none is given.
 
-    It depends on the device only if the device has too little shared memory for the best tiles.
+    It depends on the device only if the device has too little shared memory for the best tiles; so then do the bits.
 
     Parameters
     ----------
@@ -68,6 +70,7 @@ def default_plan(
     chosen = get_algorithm(algorithm)
     if direction not in chosen.programs:
         raise ValueError(f"direction={direction!r}: expected one of {tuple(chosen.programs)}")
+    check_supported(problem)
     gpu = get_hardware(hardware)
     plan = chosen.default_plans[direction](problem, gpu, deterministic)
     chosen.programs[direction](problem, plan, gpu)  # raises for what the kernels do not take
@@ -87,10 +90,41 @@ def make_program(
         If there are no kernels for it.
     """
     chosen = get_algorithm(algorithm)
+    if direction not in chosen.programs:
+        raise ValueError(f"direction={direction!r}: expected one of {tuple(chosen.programs)}")
+    check_supported(problem)
     if not isinstance(plan, chosen.plan_class):
         expected = f"{chosen.plan_class.__module__}.{chosen.plan_class.__name__}"
         raise TypeError(f"plan is a {type(plan).__name__}: expected a {expected}")
     return chosen.programs[direction](problem, plan, get_hardware(hardware))
+
+
+def chosen_program(
+    algorithm: str | None,
+    direction: Direction,
+    problem: AttentionProblem,
+    plan: Plan | None,
+    hardware: Hardware,
+    *,
+    deterministic: bool,
+) -> Program:
+    """Return the program that a call runs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`default_plan` and :func:`make_program` do, and if the plan is not as deterministic as was asked.
+    """
+    if not isinstance(deterministic, (bool, np.bool_)):
+        raise TypeError(f"deterministic={deterministic!r}: expected a bool")
+    if plan is None:
+        plan = default_plan(
+            problem, hardware, algorithm=algorithm, direction=direction, deterministic=bool(deterministic)
+        )
+    program = make_program(algorithm, direction, problem, plan, hardware)
+    if deterministic and not get_algorithm(algorithm).is_deterministic(problem, plan):
+        raise ValueError(f"deterministic=True, and plan={plan} adds in no fixed order: expected another plan")
+    return program
 
 
 def default_programs(problem: AttentionProblem, hardware: str | Hardware = DEFAULT_HARDWARE) -> Iterator[Program]:

@@ -83,7 +83,7 @@ class AttentionProblem:
         if not isinstance(self.causal, (bool, np.bool_)):
             raise TypeError(f"causal={self.causal!r}: expected a bool")
         object.__setattr__(self, "causal", bool(self.causal))
-        object.__setattr__(self, "window", _checked_window(self.window))
+        object.__setattr__(self, "window", checked_window(self.window))
         self._check_block_mask()
 
     def _check_block_mask(self) -> None:
@@ -184,7 +184,14 @@ def checked_integer(name: str, value: Any, smallest: int) -> int:
     return int(value)
 
 
-def _checked_window(window: Any) -> Window | None:
+def checked_window(window: Any) -> Window | None:
+    """Return a window as a pair of integers of at least 0, or None where there is no limit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is none; the message says why.
+    """
     if window is None:
         return None
     if not isinstance(window, (tuple, list)) or len(window) != 2:

@@ -12,7 +12,11 @@ class CpuDevice:
 
     def __init__(self, monkeypatch):
         self.current = None
-        load = launch._Launched.load
+        make, load = launch._Launched.__init__, launch._Launched.load
+
+        def make_and_remember(step, of, program, strides):
+            make(step, of, program, strides)
+            step.arrays = tuple(program.array[name] for name in of.arrays)
 
         def load_and_remember(step, device, *, count_traffic):
             load(step, device, count_traffic=count_traffic)
@@ -24,6 +28,7 @@ class CpuDevice:
 
             step.function = run
 
+        monkeypatch.setattr(launch._Launched, "__init__", make_and_remember)
         monkeypatch.setattr(launch._Launched, "load", load_and_remember)
 
     def run(self, launched):

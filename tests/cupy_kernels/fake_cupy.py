@@ -168,6 +168,7 @@ def installed(monkeypatch):
         patch.setitem(sys.modules, "cupy", make_module())
         patch.setattr(compiler, "load", kernels.load)
         patch.setattr(compiler, "compiler_version", lambda: "stand-in")
+        patch.setattr(compiler, "choose_architecture", lambda capability: "sm_90a")
         patch.setattr(verify, "precompile", lambda pool, variants, architecture: None)
         patch.setattr(Device, "current", 0)
         patch.setattr(launch, "_spare", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import subprocess
@@ -196,7 +197,7 @@ def test_masks(kernels, causal, window, expected):
     assert (found["window_left"], found["window_right"]) == expected
 
 
-@pytest.mark.parametrize("dim", range(16, 257, 8))
+@pytest.mark.parametrize("dim", range(8, 257, 8))
 def test_every_dimension_has_the_next_larger_kernel(kernels, dim):
     attention(**device_arrays(head_dim=dim, value_dim=16))
     attention(**device_arrays(head_dim=16, value_dim=dim))
@@ -293,7 +294,9 @@ def test_threads_do_not_share_parameters(kernels):
 def results(given, **changes):
     shapes = {"out": (2, 70, 4, 48), "lse": (2, 4, 70)}
     return {
-        name: fake_cupy.Array(shape, changes.get(name, given["q"].dtype if name == "out" else np.float32))
+        name: np.zeros(shape, changes.get(name, given["q"].dtype if name == "out" else np.float32)).view(
+            fake_cupy.Array
+        )
         for name, shape in shapes.items()
     }
 
@@ -394,8 +397,8 @@ def reshaped(name, *shape):
         (reshaped("v", 2, 91, 2, 48), ValueError, r"v has shape \(2, 91, 2, 48\): expected \(2, 90, 2, 48\)"),
         (reshaped("q", 2, 70, 3, 32), ValueError, "kv_heads=2 does not divide heads=3"),
         (reshaped("q", 2, 70, 0, 32), ValueError, "heads=0"),
-        (lambda given: device_arrays(head_dim=20), ValueError, "head_dim=20: expected a multiple of 8 from 16 to 256"),
-        (lambda given: device_arrays(head_dim=8), ValueError, "head_dim=8"),
+        (lambda given: device_arrays(head_dim=20), ValueError, "head_dim=20: expected a multiple of 8 from 8 to 256"),
+        (lambda given: device_arrays(head_dim=264), ValueError, "head_dim=264"),
         (lambda given: device_arrays(value_dim=264), ValueError, "value_dim=264"),
         (
             lambda given: {name: array.astype(np.float64) for name, array in given.items()},
@@ -458,6 +461,17 @@ def test_two_byte_rows_start_at_multiples_of_eight_bytes(kernels, dtype):
     [
         ({"scale": 0.0}, ValueError, "scale=0.0"),
         ({"scale": float("nan")}, ValueError, "scale=nan"),
+        ({"scale": 1e-46}, ValueError, "scale=1e-46: expected a number whose product with log2.e. float32 holds"),
+        ({"scale": 1e39}, ValueError, "scale=1e.39"),
+        ({"scale": 10**400}, ValueError, "scale is an integer of 401 digits"),
+        ({"scale": "0.5"}, TypeError, "scale='0.5': expected a number"),
+        ({"scale": True}, TypeError, "scale=True"),
+        ({"window": (1.0, 2)}, TypeError, "window"),
+        ({"window": (True, 2)}, TypeError, "window"),
+        ({"return_lse": "no"}, TypeError, "return_lse='no': expected a bool"),
+        ({"return_saved": 1}, TypeError, "return_saved=1: expected a bool"),
+        ({"algorithm": ["flash2"]}, ValueError, "algorithm=.'flash2'. has no kernel"),
+        ({"workspace": "abc"}, TypeError, "workspace is a"),
         ({"scale": "large"}, TypeError, "scale='large'"),
         ({"scale": np.ones(2)}, TypeError, "scale="),
         ({"causal": 1}, TypeError, "causal=1: expected a bool"),
@@ -475,7 +489,7 @@ def test_two_byte_rows_start_at_multiples_of_eight_bytes(kernels, dtype):
         ({"dropout_p": 0.1}, TypeError, "unexpected keyword argument 'dropout_p'"),
         ({"plan": "gpu"}, TypeError, "plan is a str"),
         ({"plan": {"tiles": (64, 64)}}, TypeError, "plan"),
-        ({"plan": Flash2Plan(tiles=(40, 64))}, ValueError, "plan.tiles=.40, 64."),
+        ({"plan": Flash2Plan(tiles=(36, 64))}, ValueError, "plan.tiles=.36, 64."),
         ({"plan": Flash2Plan(tiles=(64, 64, 16))}, ValueError, "tiles.depth=16"),
         ({"plan": Flash2Plan(tiles=(64, 64), repeat_kv=True)}, ValueError, "repeat_kv"),
         ({"plan": Flash2Plan(tiles=(64, 64), accumulators="sram")}, ValueError, "accumulators='sram'"),
@@ -484,6 +498,7 @@ def test_two_byte_rows_start_at_multiples_of_eight_bytes(kernels, dtype):
 def test_options_that_are_refused(kernels, options, error, message):
     given = device_arrays()
     attention(**given, causal=True)
+    attention(**given, window=(1, 2))  # what these leave behind makes nothing else valid
     kernels.launches.clear()
     with pytest.raises(error, match=message):
         attention(**given, **options)
@@ -820,3 +835,92 @@ def test_nothing_to_differentiate(kernels):
         assert [gradient.shape for gradient in gradients] == [given[name].shape for name in "qkv"]
         if empty == "batch":
             assert not kernels.launches
+
+
+def test_a_scale_is_taken_by_its_value(kernels):
+    given = device_arrays()
+    for scale in (0.5, np.float32(0.5), np.float64(0.5), 1):
+        attention(**given, scale=scale)
+    assert [parameters_of(launched)["scale"] for launched in kernels.launches] == [0.5, 0.5, 0.5, 1]
+    assert len({id(launched.variant) for launched in kernels.launches}) == 1
+
+    class Changing:
+        def __float__(self):
+            return 0.5
+
+    with pytest.raises(TypeError, match="scale="):  # the same object may mean another number later
+        attention(**given, scale=Changing())
+
+
+def test_spare_memory_is_never_given_back_whoever_asks_first(kernels, cupy, monkeypatch):
+    made, barrier = [], threading.Barrier(2)
+    memory = cupy.cuda.Memory
+
+    def slow(size):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            barrier.wait(timeout=0.3)
+        made.append(memory(size))
+        return made[-1]
+
+    monkeypatch.setattr(cupy.cuda, "Memory", slow)
+    addresses = []
+    asking = [threading.Thread(target=lambda: addresses.append(launch._spare_address(0, 100))) for _ in range(2)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert len(made) == len(launch._spare[0]) == 1
+    assert set(addresses) == {made[0].ptr}
+
+
+def test_a_workspace_overlaps_nothing(kernels):
+    given, saved = backward_arrays()
+    size = workspace_bytes(*(given[name] for name in "qkv"), direction="backward")
+    memory = np.zeros(size + 4 * given["q"].size + 512, np.uint8)
+    start = -memory.ctypes.data % 256
+    inside = memory[start : start + 4 * given["q"].size].view(np.float32).reshape(given["q"].shape)
+    whole = memory[start : start + size].view(fake_cupy.Array)
+    kernels.launches.clear()
+    with pytest.raises(ValueError, match="workspace overlaps q in memory"):
+        attention_backward(**{**given, "q": inside.view(fake_cupy.Array)}, saved=saved, workspace=whole)
+    gradients = (inside.view(fake_cupy.Array), *(np.zeros_like(given[name]) for name in "kv"))
+    with pytest.raises(ValueError, match="workspace overlaps dq in memory"):
+        attention_backward(**given, saved=saved, workspace=whole, gradients=gradients)
+    assert not kernels.launches
+
+
+def test_softmax_passes_do_not_depend_on_the_device():
+    problem = AttentionProblem(q_len=100, kv_len=200, head_dim=32, dtype="float32")
+    plans = [default_plan(problem, name, algorithm="standard") for name in ("H100-SXM", "A100-40GB")]
+    assert plans[0] == plans[1]
+
+
+def test_one_query_head_leaves_nothing_to_add_in_another_order(kernels):
+    given, saved = backward_arrays(heads=2, kv_heads=2)
+    plan = default_plan(AttentionProblem(q_len=70, head_dim=48), direction="backward", deterministic=True)
+    attention_backward(**given, saved=saved, plan=replace(plan, grouped_gradients="reduce"), deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"direction": "sideways"}, ValueError, "direction='sideways': expected one of"),
+        ({"deterministic": 1}, TypeError, "deterministic=1"),
+        ({"direction": "backward", "deterministic": True, "plan": Flash2Plan(tiles=(32, 32))}, ValueError, "no fixed"),
+        ({"algorithm": "flash9"}, ValueError, "algorithm='flash9'"),
+        ({"causal": 1}, TypeError, "causal=1"),
+    ],
+)
+def test_a_workspace_is_refused_as_the_call_is(kernels, options, error, message):
+    given = device_arrays()
+    with pytest.raises(error, match=message):
+        workspace_bytes(given["q"], given["k"], given["v"], **options)
+    with pytest.raises(TypeError, match=r"q is a numpy.ndarray in host memory"):
+        workspace_bytes(np.zeros((1, 2, 1, 16), np.float32), given["k"], given["v"])
+
+
+@pytest.mark.parametrize("algorithm", list(KERNEL_ALGORITHMS))
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_plans_of_problems_without_kernels(algorithm, head_dim):
+    with pytest.raises(ValueError, match=rf"head_dim={head_dim}: expected a multiple of 8 from 8 to 256"):
+        default_plan(AttentionProblem(q_len=5, head_dim=head_dim, dtype="float32"), algorithm=algorithm)

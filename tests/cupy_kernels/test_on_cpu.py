@@ -129,6 +129,12 @@ def test_a_sum_in_another_order_is_told_from_a_wrong_one():
     assert verify.differing_sums(np.float32([1, -3, 1, 1, np.nan]), exact) == 3
 
 
+def test_sums_stored_in_sixteen_bits_may_differ_by_one_of_their_units():
+    exact = np.float16([1.0, 1.0, 0.25, -0.5])
+    assert verify.differing_sums(np.nextafter(exact, np.float16(9)), exact) == 0
+    assert verify.differing_sums(exact * np.float16([1, 1.01, 0, -1]), exact) == 3
+
+
 def test_every_plan_and_program_is_drawn():
     drawn = [verify.draw_case(5, index, 20) for index in range(150)]
     programs = {(name, direction) for name, item in ALGORITHMS.items() for direction in item.programs}
@@ -160,6 +166,9 @@ def test_the_verifier_goes_on_where_it_was(device, tmp_path):
     assert sum(report["problems_by_kind"].values()) == 3
     with pytest.raises(ValueError, match=r"expected .*'seed': 6"):
         verify.verify(1, 6, output, longest=20)
+    output.write_text(json.dumps({**report, "kernel_sources": "others"}))
+    with pytest.raises(ValueError, match=r"holds results of kernel_sources others: expected"):
+        verify.verify(4, 5, output, longest=20)
 
 
 def test_the_verifier_names_what_failed(device, tmp_path):
