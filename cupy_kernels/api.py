@@ -388,8 +388,8 @@ def workspace_bytes(
     problem = checked_problem(arrays, scale=None, causal=causal, window=window)
     hardware = present_hardware(arrays["q"].data.device_id)
     program = chosen_program(algorithm, direction, problem, plan, hardware, deterministic=deterministic)
-    brought = _wanted(algorithm, return_lse, return_saved) if direction == "forward" else _NOTHING
-    return workspace_layout(kept_in_workspace(program, brought), WORKSPACE_ALIGNMENT)[1]
+    wanted = _wanted(algorithm, return_lse, return_saved) if direction == "forward" else _NOTHING
+    return workspace_layout(kept_in_workspace(program, wanted), WORKSPACE_ALIGNMENT)[1]
 
 
 def _prepared(

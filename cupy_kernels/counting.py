@@ -17,6 +17,15 @@ from simattn import ArrayTraffic, Traffic
 Counter = tuple[str, str]
 """An array's name, and the counter of :class:`simattn.ArrayTraffic` that a number belongs to."""
 
+
+def traffic_of(counters: Sequence[Counter], numbers: Sequence[int]) -> Traffic:
+    """Return what numbers count, by array."""
+    total = Traffic()
+    for (array, counter), number in zip(counters, numbers, strict=True):
+        total = total + Traffic({array: ArrayTraffic(**{counter: number})})
+    return total
+
+
 _active: ContextVar[CountedTraffic | None] = ContextVar("count_traffic", default=None)
 
 
@@ -52,8 +61,7 @@ class CountedTraffic:
             with require_cupy().cuda.Device(device) as chosen:
                 chosen.synchronize()
                 numbers = buffer.get()
-            for (array, counter), number in zip(counters, numbers.tolist(), strict=True):
-                total = total + Traffic({array: ArrayTraffic(**{counter: number})})
+            total = total + traffic_of(counters, numbers.tolist())
         for inner in self._inner:
             total = total + inner.traffic
         return total

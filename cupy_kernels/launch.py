@@ -91,16 +91,16 @@ class _Launched:
 
 
 class _Arrangement:
-    """Where the arrays of a launch lie that nobody brings."""
+    """Where the arrays of a launch lie that nobody wants."""
 
-    def __init__(self, program: Program, brought: frozenset[str]) -> None:
+    def __init__(self, program: Program, wanted: frozenset[str]) -> None:
         slots = {array.name: slot for slot, array in enumerate(program.arrays)}
-        offsets, self.workspace_bytes = workspace_layout(kept_in_workspace(program, brought), WORKSPACE_ALIGNMENT)
+        offsets, self.workspace_bytes = workspace_layout(kept_in_workspace(program, wanted), WORKSPACE_ALIGNMENT)
         self.offsets = [(slots[name], offset) for name, offset in offsets.items()]
         self.unread = [
             (slots[array.name], array.nbytes)
             for array in program.with_role("saved")
-            if array.name not in brought and array.name not in offsets
+            if array.name not in wanted and array.name not in offsets
         ]
 
 
@@ -187,29 +187,29 @@ class Launch:
                 for name in self.inputs}  # fmt: skip
 
     def __call__(
-        self, addresses: list[int], brought: frozenset[str], workspace: Any, counted: CountedTraffic | None
+        self, addresses: list[int], wanted: frozenset[str], workspace: Any, counted: CountedTraffic | None
     ) -> None:
         """Launch on CuPy's current stream.
 
         Parameters
         ----------
         addresses
-            Of the program's arrays, in their order; those not brought may be anything.
-        brought
-            Names of saved arrays that the caller wants, whose addresses are given.
+            Of the program's arrays, in their order; those of arrays that nobody wants may be anything.
+        wanted
+            Names of the results of a forward call that have an address.
         workspace
             The caller's memory for the other arrays, or None to take some.
         counted
             What to count the traffic into, if the kernels count.
         """
-        arrangement = self._arrangements.get(brought)
+        arrangement = self._arrangements.get(wanted)
         if arrangement is None:
-            arrangement = self._arrangements[brought] = _Arrangement(self.program, brought)
+            arrangement = self._arrangements[wanted] = _Arrangement(self.program, wanted)
         workspace_address = 0
         if workspace is not None:
             taken = self.taken(dict(zip(self.inputs, addresses, strict=False)))
             for array in self.program.arrays:
-                if array.role == "output" or array.name in brought:
+                if array.role == "output" or array.name in wanted:
                     address = addresses[self.slot[array.name]]
                     taken[array.name] = (address, address + array.nbytes)
             workspace_address = _checked_workspace(workspace, arrangement.workspace_bytes, self.device, taken)
@@ -241,12 +241,12 @@ class Launch:
                 check_pointer(name, address, self.alignment[name])
 
 
-def kept_in_workspace(program: Program, brought: frozenset[str]) -> list[Array]:
-    """Return the arrays that a program reads again and nobody brings."""
+def kept_in_workspace(program: Program, wanted: frozenset[str]) -> list[Array]:
+    """Return the arrays that a program reads again and nobody wants."""
     return [
         array
         for array in program.with_role("saved", "workspace")
-        if array.name not in brought and (array.role == "workspace" or program.is_read(array.name))
+        if array.name not in wanted and (array.role == "workspace" or program.is_read(array.name))
     ]
 
 

@@ -26,9 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cupy_kernels.compiler import Variant
+from cupy_kernels.counting import traffic_of
 from cupy_kernels.parameters import parameters
 from cupy_kernels.program import Array, Kernel, Program, Step
-from simattn.traffic import ArrayTraffic, Traffic
+from simattn.traffic import Traffic
 
 Order = Literal["forward", "reverse", "random"]
 Copies = Literal["early", "late"]
@@ -357,12 +358,4 @@ def _run_step(
     for (_, access), array, written in zip(kernel.accesses, held, flags, strict=True):
         if access == "w" and written is not None:
             array.check_written(written)
-    return counted_traffic(step, counters)
-
-
-def counted_traffic(step: Step, counters: npt.NDArray[np.uint64]) -> Traffic:
-    """Return the traffic that an instrumented kernel counted."""
-    total = Traffic()
-    for (array, counter), number in zip(step.counters, counters.tolist(), strict=True):
-        total = total + Traffic({array: ArrayTraffic(**{counter: number})})
-    return total
+    return traffic_of(step.counters, counters.tolist())
