@@ -33,14 +33,11 @@ from simattn.hardware import Hardware
 from simattn.plan import Tiles
 from simattn.problem import AttentionProblem
 
-FORWARD_TILES = (Tiles(q=64, kv=64), *flash2.SMALLER_TILES[1:])
-"""Tiles of the forward kernel, from large to small."""
+BEST_TILES = Tiles(q=64, kv=64)
+"""Tiles of both kernels, where they fit."""
 
 THREAD_TILES = ((16, 8, 120), (16, 4, 144), (8, 8, 120), (8, 4, 144))
 """As :data:`cupy_kernels.forward_tiles.THREAD_TILES`; state that comes and goes takes registers too."""
-
-BACKWARD_TILES = (Tiles(q=64, kv=64), *flash2.SMALLER_BACKWARD_TILES[1:])
-"""Tiles of the backward kernel, from large to small."""
 
 # Plans
 
@@ -48,7 +45,7 @@ BACKWARD_TILES = (Tiles(q=64, kv=64), *flash2.SMALLER_BACKWARD_TILES[1:])
 def default_forward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> Flash1Plan:
     """Return the largest tiles that fit the device's shared memory."""
     tiles = first_that_fits(
-        list(FORWARD_TILES), lambda tiles: forward_kernel(problem, Flash1Plan(tiles=tiles), hardware)
+        BEST_TILES, flash2.SMALLER_TILES, lambda tiles: forward_kernel(problem, Flash1Plan(tiles=tiles), hardware)
     )
     return Flash1Plan(tiles=tiles)
 
@@ -62,7 +59,7 @@ def default_backward_plan(problem: AttentionProblem, hardware: Hardware, determi
         if tile_bytes > hardware.sram_bytes_per_block:
             raise too_large(tiles, column_bucket(problem), hardware)
 
-    return Flash1Plan(tiles=first_that_fits(list(BACKWARD_TILES), check))
+    return Flash1Plan(tiles=first_that_fits(BEST_TILES, flash2.SMALLER_BACKWARD_TILES, check))
 
 
 # Programs

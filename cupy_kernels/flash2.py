@@ -16,6 +16,7 @@ from cupy_kernels.parameters import check_plan as check_every_plan
 from cupy_kernels.parameters import column_bucket
 from cupy_kernels.program import (
     Access,
+    Array,
     Kernel,
     Program,
     Step,
@@ -75,18 +76,20 @@ DQ_ACCESS: dict[str, Access | Literal[""]] = {"deterministic": "", "reduce": "a"
 
 def default_forward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> Flash2Plan:
     """Return the best tiles that fit the device's shared memory."""
-    best = FORWARD_TILES[column_bucket(problem)]
-    smaller = [tiles for tiles in SMALLER_TILES if tiles.q * tiles.kv < best.q * best.kv]
-    tiles = first_that_fits([best, *smaller], lambda tiles: forward_kernel(problem, Flash2Plan(tiles=tiles), hardware))
+    tiles = first_that_fits(
+        FORWARD_TILES[column_bucket(problem)],
+        SMALLER_TILES,
+        lambda tiles: forward_kernel(problem, Flash2Plan(tiles=tiles), hardware),
+    )
     return Flash2Plan(tiles=tiles)
 
 
 def default_backward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> Flash2Plan:
     """Return the best tiles that fit the device's shared memory."""
-    best = BACKWARD_TILES[column_bucket(problem)]
-    smaller = [tiles for tiles in SMALLER_BACKWARD_TILES if tiles.q * tiles.kv < best.q * best.kv]
     tiles = first_that_fits(
-        [best, *smaller], lambda tiles: BackwardTiles.of(problem, Flash2Plan(tiles=tiles), hardware)
+        BACKWARD_TILES[column_bucket(problem)],
+        SMALLER_BACKWARD_TILES,
+        lambda tiles: BackwardTiles.of(problem, Flash2Plan(tiles=tiles), hardware),
     )
     return Flash2Plan(tiles=tiles, dq="deterministic" if deterministic else "reduce")
 
@@ -179,13 +182,16 @@ def backward(problem: AttentionProblem, plan: Flash2Plan, hardware: Hardware) ->
     # The kernel does not touch the sums of dQ where a second one computes it: any array stands for them.
     adds_to = "dq" if plan.dq == "deterministic" else "dq_accumulator"
     key_arrays = ("q", "k", "v", "dout", "lse", "delta", adds_to, dk_total.partial.name, dv_total.partial.name)
+    kept: tuple[Array, ...]
+    first: tuple[Step, ...]
     key_step = Step(key_gradients_kernel(problem, plan, hardware, dk_total), key_blocks, key_arrays)
     if plan.dq == "deterministic":
         kernel = query_gradients_kernel(problem, plan, hardware)
-        first: tuple[Step, ...] = ()
-        last = (Step(kernel, query_blocks, ("q", "k", "v", "dout", "lse", "delta", "dq")),)
+        kept, first = (delta,), ()
+        last = Step(kernel, query_blocks, ("q", "k", "v", "dout", "lse", "delta", "dq"))
     else:
-        first, last = (elementwise.fill(sums, 0.0),), (elementwise.convert(sums, dq),)
+        kept, first = (delta, sums), (elementwise.fill(sums, 0.0),)
+        last = elementwise.convert(sums, dq)
     steps = [
         elementwise.row_dots(out, dout, delta),
         *first,
@@ -194,11 +200,9 @@ def backward(problem: AttentionProblem, plan: Flash2Plan, hardware: Hardware) ->
         key_step,
         *dk_total.after,
         *dv_total.after,
-        *last,
+        last,
     ]
-    arrays = (q, k, v, dout, out, lse, delta, sums, dq, *dk_total.arrays, *dv_total.arrays)
-    if plan.dq == "deterministic":
-        arrays = tuple(array for array in arrays if array is not sums)
+    arrays = (q, k, v, dout, out, lse, *kept, dq, *dk_total.arrays, *dv_total.arrays)
     return program_of(problem, arrays, steps)
 
 

@@ -137,14 +137,15 @@ def too_large(tiles: Tiles, columns: int, gpu: Hardware) -> ValueError:
     )
 
 
-def first_that_fits(candidates: list[Tiles], run: Callable[[Tiles], object]) -> Tiles:
-    """Return the first tiles that ``run`` takes; the error of the last if none are.
+def first_that_fits(best: Tiles, smaller: Sequence[Tiles], run: Callable[[Tiles], object]) -> Tiles:
+    """Return the best tiles, or the first of those smaller than they that ``run`` takes.
 
     Raises
     ------
     ValueError
         If it takes none of them.
     """
+    candidates = [best, *(tiles for tiles in smaller if tiles.q * tiles.kv < best.q * best.kv)]
     for tiles in candidates[:-1]:
         try:
             run(tiles)

@@ -86,6 +86,16 @@ static_assert(QUERY_ROWS % DOWN == 0 && KEY_ROWS % DOWN == 0, "threads share the
 static_assert(QUERY_ROWS % ROWS_AT_ONCE == 0 && KEY_ROWS % KEYS_AT_ONCE == 0, "loops take whole tiles");
 static_assert(QUERY_ROWS <= THREADS, "a thread has the statistics of one row");
 
+// What a thread block has in shared memory.
+struct SharedTiles {
+  float* const shared = shared_memory();
+  float* const k = shared + K_OFFSET;
+  float* const v = shared + V_OFFSET;
+  float* const q = shared + Q_OFFSET;
+  float* const dout = shared + DOUT_OFFSET;
+  float* const scores = shared + SCORES_OFFSET;
+};
+
 using Scores = float[SCORE_ROWS][SCORE_KEYS];
 
 template <int ROWS>

@@ -82,12 +82,7 @@ DEVICE void load_statistics(
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     flash1_backward(const Flash1BackwardParameters parameters) {
-  float* const shared = shared_memory();
-  float* const k = shared + K_OFFSET;
-  float* const v = shared + V_OFFSET;
-  float* const q = shared + Q_OFFSET;
-  float* const dout = shared + DOUT_OFFSET;
-  float* const scores_tile = shared + SCORES_OFFSET;
+  const SharedTiles tiles;
   const Problem& problem = parameters.problem;
   const ScorePlace score_place;
   const GradientPlace place;
@@ -98,10 +93,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // load
     __syncthreads();  // all tiles have been read
     start_tile<KEY_ROWS>(
-        k, row_of(parameters.k, parameters.k_strides, batch, block.kv_head, key), parameters.k_strides,
+        tiles.k, row_of(parameters.k, parameters.k_strides, batch, block.kv_head, key), parameters.k_strides,
         problem.kv_len - key, problem.head_dim, parameters.counters + COUNT_K);
     start_tile<KEY_ROWS>(
-        v, row_of(parameters.v, parameters.v_strides, batch, block.kv_head, key), parameters.v_strides,
+        tiles.v, row_of(parameters.v, parameters.v_strides, batch, block.kv_head, key), parameters.v_strides,
         problem.kv_len - key, problem.value_dim, parameters.counters + COUNT_V);
     commit_copies();
     Gradient<THREAD_KEYS> dk, dv;
@@ -114,36 +109,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       // load
       __syncthreads();  // Q, dO and dS have been read
       start_tile<QUERY_ROWS>(
-          q, row_of(parameters.q, parameters.q_strides, batch, head, row), parameters.q_strides, problem.q_len - row,
-          problem.head_dim, parameters.counters + COUNT_Q);
+          tiles.q, row_of(parameters.q, parameters.q_strides, batch, head, row), parameters.q_strides,
+          problem.q_len - row, problem.head_dim, parameters.counters + COUNT_Q);
       start_tile<QUERY_ROWS>(
-          dout, row_of(parameters.dout, parameters.dout_strides, batch, head, row), parameters.dout_strides,
+          tiles.dout, row_of(parameters.dout, parameters.dout_strides, batch, head, row), parameters.dout_strides,
           problem.q_len - row, problem.value_dim, parameters.counters + COUNT_DOUT);
       commit_copies();
       wait_for_copies<0>();
       __syncthreads();  // Q and dO are there, and K and V
-      load_statistics(shared, parameters, batch, head, row);
+      load_statistics(tiles.shared, parameters, batch, head, row);
       __syncthreads();  // statistics are there
       // compute
       Scores scores;
-      multiply_rows(scores, q, k, score_place, problem.head_dim);
-      exponentiate<true>(scores, shared, problem.scale_log2, score_place);
-      store_scores(scores_tile, scores, score_place);
+      multiply_rows(scores, tiles.q, tiles.k, score_place, problem.head_dim);
+      exponentiate<true>(scores, tiles.shared, problem.scale_log2, score_place);
+      store_scores(tiles.scores, scores, score_place);
       __syncthreads();  // P is there
-      add_to_keys(dv, scores_tile, dout, place, band);
-      multiply_rows(scores, dout, v, score_place, problem.value_dim);
-      differentiate<true>(scores, shared, problem.scale, score_place);
+      add_to_keys(dv, tiles.scores, tiles.dout, place, band);
+      multiply_rows(scores, tiles.dout, tiles.v, score_place, problem.value_dim);
+      differentiate<true>(scores, tiles.shared, problem.scale, score_place);
       __syncthreads();  // P has been read
-      store_scores(scores_tile, scores, score_place);
+      store_scores(tiles.scores, scores, score_place);
       __syncthreads();  // dS is there
-      add_to_keys(dk, scores_tile, q, place, band);
+      add_to_keys(dk, tiles.scores, tiles.q, place, band);
       // The part of dQ that a thread loads is the one that it stored itself.
       const auto dq_rows = gradient_rows(
           parameters.dq_sums, parameters.dq_sums_strides, batch, head, row + query_of(place, 0), problem.q_len,
           problem.head_dim, GradientPlace::LANES_DOWN, place);
       Gradient<THREAD_QUERIES> dq;
       dq_rows.load(dq, parameters.counters + COUNT_DQ_READ);
-      add_to_queries(dq, scores_tile, k, place, band);
+      add_to_queries(dq, tiles.scores, tiles.k, place, band);
       // finish
       dq_rows.hand_in<false>(dq, parameters.counters + COUNT_DQ_WRITTEN);
     }

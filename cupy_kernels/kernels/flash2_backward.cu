@@ -71,12 +71,7 @@ struct Statistics {
 
 // The gradients of the keys from `key` on.
 DEVICE void add_key_tile(const Flash2KeyGradientsParameters& parameters, const KeyBlock& block, int key) {
-  float* const shared = shared_memory();
-  float* const k = shared + K_OFFSET;
-  float* const v = shared + V_OFFSET;
-  float* const q = shared + Q_OFFSET;
-  float* const dout = shared + DOUT_OFFSET;
-  float* const scores_tile = shared + SCORES_OFFSET;
+  const SharedTiles tiles;
   const Problem& problem = parameters.problem;
   const ScorePlace score_place;
   const GradientPlace place;
@@ -85,23 +80,23 @@ DEVICE void add_key_tile(const Flash2KeyGradientsParameters& parameters, const K
 
   const auto load_queries = [&](const QueryTile& tile) {
     start_tile<QUERY_ROWS>(
-        q, row_of(parameters.q, parameters.q_strides, batch, tile.head, tile.row), parameters.q_strides,
+        tiles.q, row_of(parameters.q, parameters.q_strides, batch, tile.head, tile.row), parameters.q_strides,
         problem.q_len - tile.row, problem.head_dim, parameters.counters + COUNT_Q);
     commit_copies();
   };
   const auto load_gradients = [&](const QueryTile& tile) {
     start_tile<QUERY_ROWS>(
-        dout, row_of(parameters.dout, parameters.dout_strides, batch, tile.head, tile.row), parameters.dout_strides,
-        problem.q_len - tile.row, problem.value_dim, parameters.counters + COUNT_DOUT);
+        tiles.dout, row_of(parameters.dout, parameters.dout_strides, batch, tile.head, tile.row),
+        parameters.dout_strides, problem.q_len - tile.row, problem.value_dim, parameters.counters + COUNT_DOUT);
     commit_copies();
   };
 
   // load
   start_tile<KEY_ROWS>(
-      k, row_of(parameters.k, parameters.k_strides, batch, block.kv_head, key), parameters.k_strides,
+      tiles.k, row_of(parameters.k, parameters.k_strides, batch, block.kv_head, key), parameters.k_strides,
       problem.kv_len - key, problem.head_dim, parameters.counters + COUNT_K);
   start_tile<KEY_ROWS>(
-      v, row_of(parameters.v, parameters.v_strides, batch, block.kv_head, key), parameters.v_strides,
+      tiles.v, row_of(parameters.v, parameters.v_strides, batch, block.kv_head, key), parameters.v_strides,
       problem.kv_len - key, problem.value_dim, parameters.counters + COUNT_V);
   commit_copies();
   Gradient<THREAD_KEYS> dk, dv;
@@ -113,33 +108,32 @@ DEVICE void add_key_tile(const Flash2KeyGradientsParameters& parameters, const K
     load_queries(tile);
     load_gradients(tile);
     statistics.load(parameters, batch, tile.head, tile.row);
-    statistics.store(shared);
+    statistics.store(tiles.shared);
   }
 
   while (tile.exists()) {
     const QueryTile present = tile;
-    const Band band(
-        problem, present.row + shift - key, problem.q_len - present.row, problem.kv_len - key);
+    const Band band(problem, present.row + shift - key, problem.q_len - present.row, problem.kv_len - key);
     tile.advance();
     // load
     wait_for_copies<0>();
     __syncthreads();  // Q, dO and statistics are there
     // compute
     Scores scores;
-    multiply_rows(scores, q, k, score_place, problem.head_dim);
-    exponentiate<false>(scores, shared, problem.scale_log2, score_place);
-    store_scores(scores_tile, scores, score_place);
+    multiply_rows(scores, tiles.q, tiles.k, score_place, problem.head_dim);
+    exponentiate<false>(scores, tiles.shared, problem.scale_log2, score_place);
+    store_scores(tiles.scores, scores, score_place);
     __syncthreads();  // P is there
-    add_to_keys(dv, scores_tile, dout, place, band);
-    multiply_rows(scores, dout, v, score_place, problem.value_dim);
-    differentiate<false>(scores, shared, 1.0f, score_place);
+    add_to_keys(dv, tiles.scores, tiles.dout, place, band);
+    multiply_rows(scores, tiles.dout, tiles.v, score_place, problem.value_dim);
+    differentiate<false>(scores, tiles.shared, 1.0f, score_place);
     __syncthreads();  // P and dO have been read
     // load
     if (tile.exists()) load_gradients(tile);
     // compute
-    store_scores(scores_tile, scores, score_place);
+    store_scores(tiles.scores, scores, score_place);
     __syncthreads();  // dS is there
-    add_to_keys(dk, scores_tile, q, place, band);
+    add_to_keys(dk, tiles.scores, tiles.q, place, band);
     // load
     __syncthreads();  // Q has been read
     if (tile.exists()) {
@@ -150,7 +144,7 @@ DEVICE void add_key_tile(const Flash2KeyGradientsParameters& parameters, const K
     // compute
     Gradient<THREAD_QUERIES> dq;
     clear(dq);
-    add_to_queries(dq, scores_tile, k, place, band);
+    add_to_queries(dq, tiles.scores, tiles.k, place, band);
     multiply(dq, problem.scale);
     const auto dq_rows = gradient_rows(
         parameters.dq_accumulator, parameters.dq_accumulator_strides, batch, present.head,
@@ -161,7 +155,7 @@ DEVICE void add_key_tile(const Flash2KeyGradientsParameters& parameters, const K
     dq_rows.add_in_place(dq, parameters.counters + COUNT_DQ, parameters.counters + COUNT_DQ + 1);
 #endif
 #endif
-    if (tile.exists()) statistics.store(shared);
+    if (tile.exists()) statistics.store(tiles.shared);
   }
   // finish
   wait_for_copies<0>();
@@ -192,12 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     flash2_query_gradients(const Flash2QueryGradientsParameters parameters) {
-  float* const shared = shared_memory();
-  float* const k = shared + K_OFFSET;
-  float* const v = shared + V_OFFSET;
-  float* const q = shared + Q_OFFSET;
-  float* const dout = shared + DOUT_OFFSET;
-  float* const scores_tile = shared + SCORES_OFFSET;
+  const SharedTiles tiles;
   const Problem& problem = parameters.problem;
   const ScorePlace score_place;
   const GradientPlace place;
@@ -215,28 +204,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   const auto load_keys = [&](int key) {
     start_tile<KEY_ROWS>(
-        k, row_of(parameters.k, parameters.k_strides, batch, kv_head, key), parameters.k_strides,
+        tiles.k, row_of(parameters.k, parameters.k_strides, batch, kv_head, key), parameters.k_strides,
         problem.kv_len - key, problem.head_dim, parameters.counters + COUNT_K);
     commit_copies();
   };
   const auto load_values = [&](int key) {
     start_tile<KEY_ROWS>(
-        v, row_of(parameters.v, parameters.v_strides, batch, kv_head, key), parameters.v_strides,
+        tiles.v, row_of(parameters.v, parameters.v_strides, batch, kv_head, key), parameters.v_strides,
         problem.kv_len - key, problem.value_dim, parameters.counters + COUNT_V);
     commit_copies();
   };
 
   // load
   start_tile<QUERY_ROWS>(
-      q, row_of(parameters.q, parameters.q_strides, batch, head, row), parameters.q_strides, problem.q_len - row,
+      tiles.q, row_of(parameters.q, parameters.q_strides, batch, head, row), parameters.q_strides, problem.q_len - row,
       problem.head_dim, parameters.counters + COUNT_Q);
   start_tile<QUERY_ROWS>(
-      dout, row_of(parameters.dout, parameters.dout_strides, batch, head, row), parameters.dout_strides,
+      tiles.dout, row_of(parameters.dout, parameters.dout_strides, batch, head, row), parameters.dout_strides,
       problem.q_len - row, problem.value_dim, parameters.counters + COUNT_DOUT);
   commit_copies();
   Statistics statistics = {};
   statistics.load(parameters, batch, head, row);
-  statistics.store(shared);
+  statistics.store(tiles.shared);
   int key = first_key / KEY_ROWS * KEY_ROWS;
   if (first_key < stop_key) load_keys(key), load_values(key);
   Gradient<THREAD_QUERIES> dq;
@@ -250,17 +239,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __syncthreads();  // K and V are there, and dS has been read
     // compute
     Scores scores;
-    multiply_rows(scores, q, k, score_place, problem.head_dim);
-    exponentiate<false>(scores, shared, problem.scale_log2, score_place);
-    store_scores(scores_tile, scores, score_place);
-    multiply_rows(scores, dout, v, score_place, problem.value_dim);
-    differentiate<false>(scores, shared, 1.0f, score_place);
-    store_scores(scores_tile, scores, score_place);
+    multiply_rows(scores, tiles.q, tiles.k, score_place, problem.head_dim);
+    exponentiate<false>(scores, tiles.shared, problem.scale_log2, score_place);
+    store_scores(tiles.scores, scores, score_place);
+    multiply_rows(scores, tiles.dout, tiles.v, score_place, problem.value_dim);
+    differentiate<false>(scores, tiles.shared, 1.0f, score_place);
+    store_scores(tiles.scores, scores, score_place);
     __syncthreads();  // dS is there, and V has been read
     // load
     if (next_key < stop_key) load_values(next_key);
     // compute
-    add_to_queries(dq, scores_tile, k, place, band);
+    add_to_queries(dq, tiles.scores, tiles.k, place, band);
     __syncthreads();  // K has been read
     // load
     if (next_key < stop_key) load_keys(next_key);
