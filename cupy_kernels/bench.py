@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from cupy_kernels import attention, attention_backward, compiler, default_plan
@@ -59,7 +60,7 @@ extern "C" __global__ void spin(long long cycles) {
 }
 """
 
-SPIN_CYCLES = 400_000
+SPIN_CYCLES = 2_000_000
 """Clock cycles that the device is kept busy before a contender is timed, in which the host queues its launches."""
 
 
@@ -327,6 +328,8 @@ def _flash_linear_attention() -> Callable[..., Any]:
     def attend(q: Any, k: Any, v: Any, causal: bool) -> Any:
         if not causal:
             raise ValueError("it is always causal")
+        if q.element_size() == 4:
+            raise ValueError("its products would be TF32's")
         return parallel_attention(q, k, v)
 
     return attend
@@ -386,9 +389,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure every shape that was asked for."""
     cupy = require_cupy()
     rows: list[dict[str, Any]] = []
+    found = environment()
+    found["versions"] |= peer_versions()
     host = {"host": host_costs()} if arguments.host else {}  # first, as it times what is not compiled yet
     with cupy.cuda.Stream(non_blocking=True):  # a stream of its own, which other libraries can be given
         peak = peak_flops_per_second()
+        report = {**found, "rounds": arguments.rounds, "fp32_peak_flops_per_second": peak, "rows": rows, **host}
         for shape in SHAPES:
             if (
                 arguments.dtype in (None, shape.dtype)
@@ -397,11 +403,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 and shape.length in arguments.lengths
             ):
                 rows += measure(shape, peak, arguments.rounds, arguments.peer)
+                write(arguments.output, report)  # a run that is stopped leaves what it measured
                 cupy.get_default_memory_pool().free_all_blocks()
                 if sys.stderr.isatty():
                     sys.stderr.write(f"\r{shape}")
-    report = {**environment(), "rounds": arguments.rounds, "fp32_peak_flops_per_second": peak, "rows": rows}
-    return report | host
+    return report
+
+
+def peer_versions() -> dict[str, str]:
+    """Return the versions of the libraries to measure against that are installed."""
+    versions = {}
+    for name in ("torch", "triton", "flash-attn-3", "flash-attn", "fla-core"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def write(output: str | None, report: dict[str, Any]) -> None:
+    """Write the measurements to a file, if there is one."""
+    if output:
+        with open(output, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -517,9 +539,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         report = run(arguments)
     sys.stdout.write(table(report))
-    if arguments.output:
-        with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+    write(arguments.output, report)
     if arguments.plot:
         plot(report, arguments.dtype or "float32").savefig(arguments.plot)
     return 0
