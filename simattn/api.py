@@ -313,7 +313,8 @@ def run(
         For eight-bit storage: factors of shape (batch, kv_heads), default 1.
     arithmetic
         "float32" (NumPy, outputs rounded to their storage format), "float64" (the oracle, nothing rounded) or, where
-        the algorithm fixes the order of every operation, "simt" (the bits of its CUDA-core kernels).
+        the algorithm fixes the order of every operation, "simt" (the bits of its CUDA-core kernels) or "hopper" (the
+        bits of its tensor-core kernels, of 16-bit inputs).
     plan, hardware, sram_bytes, **options
         As for :func:`profile`.
 
@@ -429,7 +430,7 @@ def _checked_arithmetic(name: str, request: _Request) -> FloatArithmetic:
         )
     if name not in ARITHMETICS and request.problem.is_float8:
         raise ValueError(f"arithmetic={name!r} with dtype={request.problem.dtype!r}: expected 32- or 16-bit storage")
-    return arithmetic
+    return arithmetic.for_problem(request.problem)
 
 
 def _simulated(request: _Request, arithmetic: FloatArithmetic, values: Mapping[str, Values]) -> Machine:

@@ -451,8 +451,13 @@ class Machine:
         """Give a tile's room back before its loop iteration ends."""
         self._live.remove(tile)
 
-    def full(self, name: str, rows: Rows | int, columns: Rows | int, value: float, *, place: Place) -> Tile:
-        """Make an fp32 tile filled with one value, one for every block of the stack."""
+    def full(
+        self, name: str, rows: Rows | int, columns: Rows | int, value: float, *, place: Place, parts: int = 1
+    ) -> Tile:
+        """Make an fp32 tile filled with one value, one for every block of the stack.
+
+        ``parts`` is how many values the arithmetic holds for each column, in whatever threads it models.
+        """
         tile = self._tile_like(name, rows, columns, place)
         self._charge_write(tile)
         if self.arithmetic is not None:
@@ -461,9 +466,14 @@ class Machine:
             if self._state.selection is not None:
                 blocks = blocks[self._state.selection]
             streams = self._state.streams[1] - self._state.streams[0]
-            shape = (streams, len(blocks), self._group_of(self._state.heads), tile.rows, tile.columns)
+            shape = (streams, len(blocks), self._group_of(self._state.heads), tile.rows, tile.columns * parts)
             tile.values = np.full(shape, value, dtype=self.arithmetic.dtype)
         return tile
+
+    def empty_row_sum(self, rows: Rows, *, place: Place) -> Tile:
+        """Make the running row sum of no score."""
+        parts = 1 if self.arithmetic is None else self.arithmetic.row_sum_parts
+        return self.full("row_sum", rows, 1, 0.0, place=place, parts=parts)
 
     def load(
         self,

@@ -87,4 +87,5 @@ ALGORITHM = Algorithm(
     fit_tiles=flash2.fit_tiles,
     gpu_tiles=gpu_tiles,
     plan_defaults=plan_defaults,
+    exact_arithmetics={"forward": ("hopper",)},
 )

@@ -25,7 +25,7 @@ class SoftmaxState:
         return cls(
             out=machine.full("out", query_rows, value_columns, 0.0, place=place),
             row_max=machine.full("row_max", query_rows, 1, -math.inf, place=place),
-            row_sum=machine.full("row_sum", query_rows, 1, 0.0, place=place),
+            row_sum=machine.empty_row_sum(query_rows, place=place),
         )
 
 

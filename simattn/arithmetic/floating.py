@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from simattn.problem import AttentionProblem
+
 Values = npt.NDArray[Any]
 HiddenElements = Mapping[int, npt.NDArray[np.bool_]]
 """For each stack position whose tile is partly masked: which (row, column) elements are hidden."""
@@ -34,10 +36,25 @@ class FloatArithmetic:
     name: str
     rounds_to_storage: bool
 
+    def for_problem(self, problem: AttentionProblem) -> FloatArithmetic:
+        """Return the arithmetic with what it takes from the problem.
+
+        Raises
+        ------
+        ValueError
+            If it is not defined for the problem.
+        """
+        return self
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """NumPy type of on-chip values."""
         return np.dtype(self.name)
+
+    @property
+    def row_sum_parts(self) -> int:
+        """Values that a running row sum is held in until it is used."""
+        return 1
 
     def score_factor(self, scale: float) -> Any:
         """Return the number that turns q kᵀ into scores, in the units that the exponentials take."""
@@ -216,6 +233,10 @@ def get_arithmetic(name: str) -> FloatArithmetic:
         from simattn.arithmetic.simt import SIMT  # loads Numba
 
         return SIMT
+    if name == "hopper":
+        from simattn.arithmetic.hopper import HOPPER
+
+        return HOPPER
     if name not in ARITHMETICS:
-        raise ValueError(f"arithmetic={name!r} is unknown; expected one of {[*sorted(ARITHMETICS), 'simt']}")
+        raise ValueError(f"arithmetic={name!r} is unknown; expected one of {[*sorted(ARITHMETICS), 'simt', 'hopper']}")
     return ARITHMETICS[name]

@@ -144,8 +144,8 @@ def _sum_of_lanes(lanes: Values) -> Values:
 def _add_product(total: Values, a: Values, b: Values, hidden: HiddenElements) -> None:
     """Add a b to a contiguous array in place, hidden elements of a left out."""
     shape, rows, columns = total.shape[:3], *total.shape[3:]
-    left, left_of = _matrices(a, shape)
-    right, right_of = _matrices(b, shape)
+    left, left_of = matrices_of(a, shape)
+    right, right_of = matrices_of(b, shape)
     matrices = total.reshape(-1, rows, columns)
     if hidden:
         seen = np.ones((shape[1], rows, a.shape[4]), np.bool_)
@@ -157,7 +157,7 @@ def _add_product(total: Values, a: Values, b: Values, hidden: HiddenElements) ->
         simt_loops.products(matrices, left, left_of, right, right_of)
 
 
-def _matrices(values: Values, shape: tuple[int, ...]) -> tuple[Values, Values]:
+def matrices_of(values: Values, shape: tuple[int, ...]) -> tuple[Values, Values]:
     """Return the matrices of a stack one after the other, and which of them each of the broadcast shape is."""
     matrices = np.ascontiguousarray(values).reshape(-1, *values.shape[3:])
     return matrices, np.broadcast_to(np.arange(len(matrices)).reshape(values.shape[:3]), shape).reshape(-1)

@@ -1,0 +1,401 @@
+"""Products of matrices as tensor cores compute them: fused dot-adds, chained along the contracted axis.
+
+One dot-add takes ``depth`` products and the sum so far. A product's exponent is the sum of its factors' exponents, not
+renormalised; subnormal numbers have the exponent of the smallest normal one. Every term is truncated toward zero to a
+multiple of 2^(highest exponent − fraction bits), the terms are added exactly, and the sum is rounded once. So the order
+inside a dot-add does not matter, and the order of the dot-adds does.
+
+Sources: Fasi et al. 2021 (PeerJ CS 7:e330), MMA-Sim (arXiv 2511.10909), Khattak & Mikaitis (arXiv 2512.07004);
+``python -m cupy_kernels.prove_tensor_cores`` holds the model against a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba.core import types
+from numba.extending import intrinsic
+
+from simattn.arithmetic.simt_loops import bits_of, float_of
+
+Values = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class DotAdd:
+    """How an instruction adds products.
+
+    Attributes
+    ----------
+    least_exponent
+        Exponent of the input format's smallest normal number.
+    significand_bits
+        Bits of an input's significand, the leading one included.
+    depth
+        Products in one dot-add.
+    fraction_bits
+        Bits that a term keeps below the highest exponent.
+    kept_bits
+        Fraction bits of the result, which is truncated toward zero.
+    lowest_exponent
+        Floor of the highest exponent.
+    rounding
+        "float32" truncates to float32, "float16" rounds to the nearest float16, ties to even.
+    """
+
+    least_exponent: int
+    significand_bits: int
+    depth: int = 16
+    fraction_bits: int = 25
+    kept_bits: int = 23
+    lowest_exponent: int = -133
+    rounding: Literal["float32", "float16"] = "float32"
+
+
+BFLOAT16 = DotAdd(least_exponent=-126, significand_bits=8)
+FLOAT16 = DotAdd(least_exponent=-14, significand_bits=11)
+TFLOAT32 = DotAdd(least_exponent=-126, significand_bits=11, depth=8)
+FLOAT16_SUM = DotAdd(least_exponent=-14, significand_bits=11, lowest_exponent=-21, rounding="float16")
+FLOAT8_E4M3 = DotAdd(least_exponent=-6, significand_bits=4, depth=32, fraction_bits=13, kept_bits=13)
+FLOAT8_E5M2 = DotAdd(least_exponent=-14, significand_bits=3, depth=32, fraction_bits=13, kept_bits=13)
+
+WGMMA = {
+    "bfloat16": BFLOAT16,
+    "float16": FLOAT16,
+    "float8_e4m3fn": FLOAT8_E4M3,
+    "float8_e5m2": FLOAT8_E5M2,
+}
+"""The dot-add of ``wgmma`` with sums in float32, by storage format."""
+
+# Exponents as the loops see them. Sums of two keep apart: a hidden factor makes no term whatever the other is, a zero
+# makes none unless the other is infinite or NaN, and of those every visible one is seen.
+HIDDEN, ZERO, SPECIAL = -10000, -2000, 4000
+NO_TERM = -1000
+FAST_LOWEST, FAST_HIGHEST = -100, 120
+"""Highest exponents for which float32 holds every product that is not truncated to zero, and the sum."""
+
+ROWS = 8
+"""Rows of a product that one task computes, so that they share the operand in a core's cache."""
+NAN_BITS = 0x7FFFFFFF
+
+
+@intrinsic
+def bits_of64(_context: Any, value: Any) -> Any:
+    """Return the bits of a float64 as int64."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.int64))
+
+    return types.int64(types.float64), generate
+
+
+@intrinsic
+def float_of64(_context: Any, value: Any) -> Any:
+    """Return the float64 with the bits of an int64."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float64))
+
+    return types.float64(types.int64), generate
+
+
+def add_products(
+    total: Values,
+    left: Values,
+    left_of: Values,
+    right: Values,
+    right_of: Values,
+    unit: DotAdd,
+    seen: Values | None = None,
+    seen_of: Values | None = None,
+) -> None:
+    """Add left[left_of[i]] right[right_of[i]] to total[i], ``depth`` contracted elements at a time, ascending.
+
+    Parameters
+    ----------
+    total
+        Float32, shape (products, rows, columns), changed in place.
+    left, left_of
+        Matrices of shape (·, rows, contracted), float32 that hold numbers of the input format, and which of them each
+        product has.
+    right, right_of
+        Matrices of shape (·, contracted, columns), and which of them each product has.
+    unit
+        The instruction.
+    seen, seen_of
+        Of shape (·, rows, contracted): False where an element of ``left`` takes no part in a sum, even if ``right``
+        holds NaN or Inf there. Default: all take part.
+    """
+    contracted = left.shape[2]
+    if not total.size or not contracted:
+        return
+    whole = -(-contracted // unit.depth) * unit.depth
+    left_exponents = _exponents(left, unit.least_exponent)
+    if seen is None or seen_of is None:
+        seen_of = left_of
+    else:  # one set of exponents for every pair of a matrix and what is seen of it
+        pairs, seen_of = np.unique(np.stack([left_of, seen_of]), axis=1, return_inverse=True)
+        left_exponents = np.where(seen[pairs[1]], left_exponents[pairs[0]], np.int16(HIDDEN))
+    left, left_exponents = _padded(left, 2, whole, 0), _padded(left_exponents, 2, whole, ZERO)
+    right = _padded(right, 1, whole, 0)
+    right_exponents = _exponents(right, unit.least_exponent)
+    _products(
+        total,
+        left,
+        _finite(left),
+        left_of,
+        left_exponents,
+        seen_of.reshape(-1),
+        right,
+        _finite(right),
+        right_of,
+        right_exponents,
+        unit.depth,
+        unit.fraction_bits,
+        unit.kept_bits,
+        unit.lowest_exponent,
+        unit.significand_bits,
+        unit.rounding == "float16",
+    )
+
+
+def _finite(values: Values) -> Values:
+    """Return the values with 0 for Inf and NaN."""
+    finite = np.isfinite(values)
+    return values if finite.all() else np.where(finite, values, np.float32(0))
+
+
+def _padded(array: Values, axis: int, size: int, fill: int) -> Values:
+    """Return the array extended along an axis."""
+    if array.shape[axis] == size:
+        return array
+    shape = list(array.shape)
+    shape[axis] = size
+    padded = np.full(shape, fill, array.dtype)
+    padded[tuple(slice(length) for length in array.shape)] = array
+    return padded
+
+
+def _exponents(values: Values, least: int) -> Values:
+    """Return the exponent of every number, as the loops see it."""
+    exponents = np.empty(values.shape, np.int16)
+    _exponent_loop(values.reshape(-1), least, exponents.reshape(-1))
+    return exponents
+
+
+@numba.njit(cache=True)
+def _exponent(value: Any, least: Any) -> Any:
+    bits = bits_of(value)
+    exponent = max(types.int32((bits >> 23) & 255) - 127, least)
+    if bits & 0x7FFFFFFF == 0:
+        exponent = ZERO
+    if exponent == 128:
+        exponent = SPECIAL
+    return types.int16(exponent)
+
+
+@numba.njit(cache=True)
+def _exponent_loop(values: Any, least: Any, exponents: Any) -> None:
+    for index in range(values.size):
+        exponents[index] = _exponent(values[index], least)
+
+
+@numba.njit(cache=True)
+def _power(exponent: Any) -> Any:
+    """Return 2^exponent, a normal float32."""
+    return float_of(types.int32(types.int32(exponent + 127) << 23))
+
+
+@numba.njit(cache=True, inline="always")
+def _higher(a: Any, b: Any, c: Any) -> Any:
+    """Return max(a + b, c) of three int16."""
+    added = types.int16(a + b)
+    return added if added > c else c
+
+
+@numba.njit(parallel=True, cache=True)
+def _products(
+    total: Any,
+    left: Any,
+    finite_left: Any,
+    left_of: Any,
+    left_exponents: Any,
+    seen_of: Any,
+    right: Any,
+    finite_right: Any,
+    right_of: Any,
+    right_exponents: Any,
+    depth: Any,
+    fraction_bits: Any,
+    kept_bits: Any,
+    lowest_exponent: Any,
+    significand_bits: Any,
+    to_float16: Any,
+) -> None:
+    """Compute as :func:`add_products` says."""
+    rows, columns, contracted = total.shape[1], total.shape[2], left.shape[2]
+    blocks = (rows + ROWS - 1) // ROWS
+    # A sum in int32 must hold the products; float32 results are rounded from float64.
+    unit = (1 << significand_bits) - 1
+    shift = fraction_bits + 2 - 2 * significand_bits
+    largest = depth * unit * unit << shift if shift > 0 else depth << (fraction_bits + 2)
+    fast = not to_float16 and largest < 1 << 31
+    dropped = types.int64(-1) << (52 - kept_bits)
+    for task in numba.prange(total.shape[0] * blocks):
+        matrix, first = task // blocks, task % blocks * ROWS
+        stop = min(first + ROWS, rows)
+        operand, exponents = finite_right[right_of[matrix]], right_exponents[right_of[matrix]]
+        highest, terms = np.empty(columns, np.int16), np.empty(columns, np.int32)
+        scales = np.empty(columns, np.float32)
+        for start in range(0, contracted, depth):
+            for row in range(first, stop):
+                sums = total[matrix, row]
+                weights = finite_left[left_of[matrix], row]
+                offsets = left_exponents[seen_of[matrix], row]
+                hidden = True
+                for k in range(start, start + depth):
+                    hidden &= offsets[k] == HIDDEN
+                if hidden:
+                    continue
+                for column in range(columns):
+                    highest[column] = _exponent(sums[column], -126)
+                for k in range(start, start + depth, 4):
+                    a, b, c, d = offsets[k], offsets[k + 1], offsets[k + 2], offsets[k + 3]
+                    for column in range(columns):
+                        e = _higher(a, exponents[k, column], highest[column])
+                        e = _higher(b, exponents[k + 1, column], e)
+                        e = _higher(c, exponents[k + 2, column], e)
+                        highest[column] = _higher(d, exponents[k + 3, column], e)
+                outside = 0
+                for column in range(columns):
+                    e = types.int32(highest[column])
+                    clamped = min(max(e, FAST_LOWEST), FAST_HIGHEST)
+                    outside |= types.int32(e != clamped) & types.int32(e > NO_TERM)
+                    scales[column] = _power(fraction_bits - clamped)
+                    terms[column] = 0
+                if fast:
+                    for k in range(start, start + depth, 4):
+                        a, b, c, d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
+                        for column in range(columns):
+                            scale = scales[column]
+                            terms[column] += (
+                                types.int32(a * operand[k, column] * scale)
+                                + types.int32(b * operand[k + 1, column] * scale)
+                                + types.int32(c * operand[k + 2, column] * scale)
+                                + types.int32(d * operand[k + 3, column] * scale)
+                            )
+                    for column in range(columns):
+                        scale, before = scales[column], sums[column]
+                        exact = types.float64(terms[column]) + types.float64(types.int32(before * scale))
+                        kept = float_of64(bits_of64(exact) & dropped)
+                        e = types.int32(highest[column])
+                        inside = e < NO_TERM or FAST_LOWEST <= e <= FAST_HIGHEST
+                        sums[column] = types.float32(kept / types.float64(scale)) if inside else before
+                    if outside == 0:
+                        continue
+                for column in range(columns):
+                    e = types.int32(highest[column])
+                    if fast and (e < NO_TERM or FAST_LOWEST <= e <= FAST_HIGHEST):
+                        continue
+                    sums[column] = _dot_add(
+                        left[left_of[matrix], row, start : start + depth],
+                        offsets[start : start + depth],
+                        right[right_of[matrix], start : start + depth, column],
+                        exponents[start : start + depth, column],
+                        sums[column],
+                        fraction_bits,
+                        kept_bits,
+                        lowest_exponent,
+                        significand_bits,
+                        to_float16,
+                    )
+
+
+@numba.njit(cache=True)
+def _dot_add(
+    a: Any,
+    a_exponents: Any,
+    b: Any,
+    b_exponents: Any,
+    c: Any,
+    fraction_bits: Any,
+    kept_bits: Any,
+    lowest_exponent: Any,
+    significand_bits: Any,
+    to_float16: Any,
+) -> Any:
+    """Compute one sum for any operands."""
+    special = types.float32(0)  # the sum of the infinite terms
+    highest = types.int32(_exponent(c, -126))
+    for k in range(a.size):
+        e = types.int32(a_exponents[k]) + types.int32(b_exponents[k])
+        highest = max(highest, e)
+        if e > SPECIAL // 4:
+            special += a[k] * b[k]
+    if not np.isfinite(c):
+        special += c
+    if special != 0:  # Inf or NaN
+        return special if special == special else float_of(types.int32(NAN_BITS))  # noqa: PLR0124
+    if highest < NO_TERM:
+        return types.float32(0)
+    highest = max(highest, types.int32(lowest_exponent))
+    unit = highest - fraction_bits
+    # Significands are integers in units of the last bit, a term's is shifted to units of 2^unit.
+    fraction, total = significand_bits - 1, types.int64(0)
+    for k in range(a.size):
+        e = types.int32(a_exponents[k]) + types.int32(b_exponents[k])
+        if e > NO_TERM:
+            product = _significand(a[k], a_exponents[k], fraction) * _significand(b[k], b_exponents[k], fraction)
+            total += _shifted(product, e - 2 * fraction - unit)
+    e = types.int32(_exponent(c, -126))
+    if e > NO_TERM:
+        total += _shifted(_significand(c, e, 23), e - 23 - unit)
+    if to_float16:
+        return _nearest_float16(total, unit)
+    magnitude, spare = abs(total), 0
+    width = 0
+    while magnitude >> width:
+        width += 1
+    # Bits below the last that is kept: of a normal number, and of float32's smallest one.
+    spare = max(width - 1 - kept_bits, -149 - unit, 0)
+    magnitude = magnitude >> spare << spare if spare < 63 else types.int64(0)
+    result = types.float32(np.ldexp(types.float64(magnitude), types.int32(unit)))
+    return -result if total < 0 and magnitude else result
+
+
+@numba.njit(cache=True)
+def _significand(value: Any, exponent: Any, fraction: Any) -> Any:
+    return types.int64(np.ldexp(types.float64(value), types.int32(fraction - exponent)))
+
+
+@numba.njit(cache=True)
+def _shifted(value: Any, places: Any) -> Any:
+    """Return value · 2^places, truncated toward zero."""
+    if places >= 0:
+        return value << places
+    if places < -62:
+        return types.int64(0)
+    return value >> -places if value >= 0 else -(-value >> -places)
+
+
+@numba.njit(cache=True)
+def _nearest_float16(total: Any, unit: Any) -> Any:
+    """Return total · 2^unit rounded to the nearest float16, ties to even."""
+    magnitude, width = abs(total), 0
+    while magnitude >> width:
+        width += 1
+    spare = max(width - 11, -24 - unit, 0)
+    if spare > 62:
+        return types.float32(0)
+    half, rest = (types.int64(1) << spare) >> 1, magnitude & ((types.int64(1) << spare) - 1)
+    kept = magnitude >> spare
+    if spare and (rest > half or (rest == half and kept & 1)):
+        kept += 1
+    result = np.ldexp(types.float64(kept), types.int32(unit + spare))
+    if result >= 65536:
+        result = np.inf
+    return types.float32(-result if total < 0 and kept else result)
