@@ -117,12 +117,27 @@ def build_variant(variant: Variant, kernels: Path = KERNELS) -> Path:
     return _build(kernels, macros)
 
 
+@functools.cache
+def special_functions_header() -> str:
+    """Return the tables of :mod:`simattn.arithmetic.special_functions` for cpu_tensor_cores.h."""
+    from simattn.arithmetic.special_functions import tables
+
+    lines = ["// Generated from the tables of simattn/arithmetic."]
+    for name, table in tables().items():
+        rows = ", ".join(f"{{{c0}, {c1}, {c2}}}" for c0, c1, c2 in table.rows.tolist())
+        lines.append(f"constexpr unsigned {name.upper()}_ROWS[{len(table.rows)}][3] = {{{rows}}};")
+        lines.append(f"constexpr long long {name.upper()}_BIAS = {table.bias};")
+        if name == "ex2":
+            lines.append(f"constexpr Reduction EX2_REDUCTION = Reduction::{table.reduction};")
+    return "\n".join(lines) + "\n"
+
+
 def _build(kernels: Path, macros: Mapping[str, str]) -> Path:
-    path = compiler()
+    path, tables = compiler(), special_functions_header()
     flags, version = _compiler_flags(path)
     sources = sorted([*kernels.glob("*.cu*"), *HERE.glob("*.h"), *HERE.glob("*.cpp")], key=lambda source: source.name)
     definitions = [f"-D{name}={value}" for name, value in {"CPU_BUILD": "1", **macros}.items()]
-    digest = hashlib.sha256(repr((flags, version, definitions)).encode())
+    digest = hashlib.sha256(repr((flags, version, definitions, tables)).encode())
     for source in sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     directory = cache_directory()
@@ -130,12 +145,14 @@ def _build(kernels: Path, macros: Mapping[str, str]) -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             made = Path(scratch) / library.name
+            (Path(scratch) / "special_functions.h").write_text(tables)
             command = [
                 path,
                 *flags,
                 *definitions,
                 f"-I{kernels}",
                 f"-I{HERE}",
+                f"-I{scratch}",
                 str(HERE / "launch.cpp"),
                 "-o",
                 str(made),

@@ -99,9 +99,12 @@ struct Thread {
   ucontext_t context;
   State state;
   Index index;
-  int line;           // of the barrier at which it waits
-  int distance;       // of the shuffle at which it waits; 0 for a barrier of the warp
-  float given, taken; // by that shuffle
+  int line;                    // of the barrier at which it waits
+  void (*resolve)(Thread*);    // what the warp does together when all its lanes, from the first on, wait for it
+  int variant;                 // of that, the same in all lanes
+  const void* operands;        // of this lane
+  float given, taken;          // by a shuffle
+  unsigned votes;              // taken part in
   std::vector<Copy> open;                 // copies of no group yet
   std::vector<std::vector<Copy>> groups;  // groups under way, oldest first
 };
@@ -116,6 +119,7 @@ struct Block {
   Thread* running;
   Copies copies;
   uint64_t random_state;
+  bool marks[3];  // of votes
   const Array* arrays;
   int array_count;
   void (*kernel)(const void*);
@@ -232,11 +236,23 @@ inline void barrier(int line) {
   return_to_scheduler();
 }
 
-inline float warp_operation(float given, int distance) {
-  block.running->given = given;
-  block.running->distance = distance;
+// Wait for the other lanes of the warp, and have done what they do together.
+inline void together(const void* operands, int variant, void (*resolve)(Thread*)) {
+  block.running->operands = operands;
+  block.running->variant = variant;
+  block.running->resolve = resolve;
   block.running->state = State::at_warp;
   return_to_scheduler();
+}
+
+// Shuffle by a distance; 0 is a barrier of the warp.
+inline void resolve_shuffle(Thread* lanes) {
+  for (int lane = 0; lane < WARP_LANES; lane++) lanes[lane].taken = lanes[lane ^ lanes[lane].variant].given;
+}
+
+inline float warp_operation(float given, int distance) {
+  block.running->given = given;
+  together(nullptr, distance, resolve_shuffle);
   return block.running->taken;
 }
 
@@ -246,10 +262,12 @@ inline void resolve_warp(Thread* lanes) {
   }
   for (int lane = 0; lane < WARP_LANES; lane++) {
     block.running = &lanes[lane];
-    if (lanes[lane].distance != lanes[0].distance) record("lanes of a warp meet different warp operations");
-    lanes[lane].taken = lanes[lane ^ lanes[lane].distance].given;
+    if (lanes[lane].resolve != lanes[0].resolve || lanes[lane].variant != lanes[0].variant) {
+      record("lanes of a warp meet different warp operations");
+    }
     lanes[lane].state = State::ready;
   }
+  if (!block.message[0]) lanes[0].resolve(lanes);
 }
 
 inline void resolve_barrier() {
@@ -265,20 +283,35 @@ inline void resolve_barrier() {
   }
 }
 
+// Whether any thread of the block says so, by what all of them meet together.
+inline bool barrier_any(bool given, int line) {
+  // Of three marks in turn, one is set, one may still be read, and one is cleared.
+  bool(&marks)[3] = block.marks;
+  const unsigned vote = block.running->votes++;
+  if (given) marks[vote % 3] = true;
+  barrier(line);
+  marks[(vote + 2) % 3] = false;
+  return marks[vote % 3];
+}
+
 // Asynchronous copies
 
 inline void land(const std::vector<Copy>& group) {
   for (const Copy& copy : group) memcpy(copy.to, copy.from, copy.bytes);
 }
 
-inline void start_copy(void* to, const void* from, int bytes) {
-  check_read(from, bytes);
+inline void start_trusted_copy(void* to, const void* from, int bytes) {
   if (block.copies == Copies::early) {
     memcpy(to, from, bytes);
   } else {
     memset(to, POISON, bytes);
   }
   block.running->open.push_back({to, from, bytes});
+}
+
+inline void start_copy(void* to, const void* from, int bytes) {
+  check_read(from, bytes);
+  start_trusted_copy(to, from, bytes);
 }
 
 inline void commit() {
@@ -308,11 +341,13 @@ inline void fiber() {
 
 inline void start_block() {
   memset(block.shared.data(), POISON, block.shared.size() * sizeof(float4));
+  memset(block.marks, 0, sizeof block.marks);
   for (size_t i = 0; i < block.threads.size(); i++) {
     Thread& thread = block.threads[i];
     thread.state = State::ready;
     thread.index = {static_cast<unsigned>(i), 0, 0};
     thread.open.clear(), thread.groups.clear();
+    thread.votes = 0;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = block.stacks.data() + i * STACK_BYTES;
     thread.context.uc_stack.ss_size = STACK_BYTES;
