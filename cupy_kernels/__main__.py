@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from cupy_kernels import compiler
@@ -21,6 +22,7 @@ from cupy_kernels.compiler import Attempt, Variant
 from cupy_kernels.launch import present_hardware
 from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES
 from cupy_kernels.table import variants
+from simattn.hardware import get_hardware
 from simattn.planning import DEFAULT_HARDWARE
 from simattn.tables import json_text, text_table
 
@@ -77,7 +79,10 @@ def _present_architecture() -> str:
 
 def _warmup(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     architecture = compiler.check_architecture(arguments.arch) if arguments.arch else _present_architecture()
-    hardware = DEFAULT_HARDWARE if arguments.arch else present_hardware(require_cupy().cuda.Device().id)
+    if arguments.arch:
+        hardware = replace(get_hardware(DEFAULT_HARDWARE), compute_capability=compiler.capability_of(architecture))
+    else:
+        hardware = present_hardware(require_cupy().cuda.Device().id)
     chosen = [variant for variant in variants(hardware) if _wanted(variant, arguments)]
     if arguments.list:
         return [_row(variant, Attempt(compiler.find(variant, architecture), "", 0.0)) for variant in chosen]

@@ -15,6 +15,10 @@ MakeProgram = Callable[[AttentionProblem, Any, Hardware], Program]
 DefaultPlan = Callable[[AttentionProblem, Hardware, bool], Plan]
 
 
+def _refuses_nothing(problem: AttentionProblem, hardware: Hardware) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelAlgorithm:
     """One algorithm's programs on the GPU.
@@ -33,6 +37,8 @@ class KernelAlgorithm:
         Names of the arrays that the backward program takes from the forward program.
     is_deterministic
         Whether a plan's backward pass returns the same bits every time for a problem.
+    refusal
+        Why there is no kernel for a problem on a GPU, whatever the plan; None if there is one.
     """
 
     name: str
@@ -41,3 +47,4 @@ class KernelAlgorithm:
     programs: Mapping[Direction, MakeProgram]
     saved: tuple[str, ...]
     is_deterministic: Callable[[AttentionProblem, Any], bool]
+    refusal: Callable[[AttentionProblem, Hardware], str | None] = _refuses_nothing

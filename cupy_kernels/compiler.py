@@ -198,14 +198,19 @@ def check_architecture(architecture: str) -> str:
     ValueError
         If it does not.
     """
-    match = re.fullmatch(r"sm_(\d+)(\d)[af]?", architecture)
     supported = supported_compute_capabilities()
-    if match is None or (int(match[1]), int(match[2])) not in supported:
+    if capability_of(architecture) not in supported:
         names = ", ".join(f"sm_{major}{minor}" for major, minor in supported)
         raise ValueError(
             f"architecture={architecture!r}: {compiler_version()} compiles for {names}, some with the suffix 'a'"
         )
     return architecture
+
+
+def capability_of(architecture: str) -> tuple[int, int]:
+    """Return the compute capability that an architecture's name says, (0, 0) if it is no such name."""
+    match = re.fullmatch(r"sm_(\d+)(\d)[af]?", architecture)
+    return (0, 0) if match is None else (int(match[1]), int(match[2]))
 
 
 @functools.cache

@@ -25,9 +25,10 @@ from cupy_kernels.arrays import (
 )
 from cupy_kernels.compiler import Variant
 from cupy_kernels.counting import CountedTraffic
-from cupy_kernels.parameters import STORAGE_TYPES, check_supported, parameters
+from cupy_kernels.parameters import MAP_BYTES, STORAGE_TYPES, check_supported, parameters
 from cupy_kernels.program import Array, Program, Step, workspace_layout
 from cupy_kernels.table import chosen_program
+from cupy_kernels.tensor_map import ADDRESS_MULTIPLE, TensorMap
 from simattn.arithmetic.formats import ITEM_BYTES
 from simattn.hardware import Hardware, get_hardware
 from simattn.plan import Direction, Plan
@@ -37,16 +38,21 @@ from simattn.problem import AttentionProblem, Window
 SMALLEST_SPARE_BYTES = 1 << 20
 WORKSPACE_ALIGNMENT = 256
 
+KEPT_MAPS = 256
+"""Sets of addresses for which a launch keeps its encoded tensor maps."""
+
 
 @cache
 def present_hardware(device: int) -> Hardware:
-    """Return a row with the shared memory of a device; what else it says is of another GPU."""
+    """Return a row with what kernels are chosen by on a device; what else it says is of another GPU."""
     chosen = require_cupy().cuda.Device(device)
     attributes = chosen.attributes
     per_multiprocessor = attributes["MaxSharedMemoryPerMultiprocessor"]
     return replace(
         get_hardware(DEFAULT_HARDWARE),
         name=f"device {device}",
+        compute_capability=divmod(int(chosen.compute_capability), 10),
+        streaming_multiprocessors=attributes["MultiProcessorCount"],
         sram_bytes_per_block=attributes["MaxSharedMemoryPerBlockOptin"],
         shared_bytes_per_multiprocessor=per_multiprocessor,
         sram_bytes_per_multiprocessor=max(
@@ -76,14 +82,30 @@ class _Launched:
     def __init__(self, step: Step, program: Program, strides: Mapping[str, tuple[int, int, int]]) -> None:
         kernel, slots = step.kernel, {array.name: slot for slot, array in enumerate(program.arrays)}
         by_name = {name: strides[array] for name, array in zip(kernel.names, step.arrays, strict=True)}
-        filled = parameters(kernel.names, program.problem, step.operand, by_name)
+        filled = parameters(kernel.names, program.problem, step.operand, by_name, kernel.mapped)
         # CuPy passes an array of one element by value, and one without named fields fastest.
         self.parameters = filled.view(f"V{filled.itemsize}")
         self.slots = tuple(slots[name] for name in step.arrays)
         self.write_addresses = struct.Struct(f"{len(self.slots) + 1}Q").pack_into
+        arrays = {name: program.array[array] for name, array in zip(kernel.names, step.arrays, strict=True)}
+        self.maps = [
+            TensorMap.of(arrays[boxes.name], boxes, by_name[boxes.name]) if arrays[boxes.name].nbytes else None
+            for boxes in kernel.boxes
+        ]
+        self.mapped_slots = tuple(self.slots[kernel.names.index(name)] for name in kernel.mapped)
+        self.write_maps = struct.Struct(f"{MAP_BYTES * len(self.maps)}s").pack_into
+        self.maps_offset = filled.itemsize - MAP_BYTES * len(self.maps)
+        self.encoded_maps = lru_cache(maxsize=KEPT_MAPS)(self._encoded_maps)
         self.grid, self.block, self.shared_bytes = (step.blocks,), (kernel.threads,), kernel.shared_bytes
         self.counters = step.counters
         self.step, self.function = step, None
+
+    def _encoded_maps(self, *addresses: int) -> bytes:
+        """Return the tensor maps of arrays at these addresses; an empty array, which is never read, has none."""
+        return b"".join(
+            bytes(MAP_BYTES) if described is None else described.encode(address)
+            for described, address in zip(self.maps, addresses, strict=True)
+        )
 
     def load(self, device: int, *, count_traffic: bool) -> None:
         """Compile and load the kernel, if that has not been done."""
@@ -144,7 +166,7 @@ class Launch:
         program = chosen_program(algorithm, direction, problem, plan, hardware, deterministic=deterministic)
         self.device, self.program = device, program
         check_inputs(program, given)
-        self.alignment = {array.name: row_alignment(array) for array in program.with_role("input")}
+        self.alignment = {array.name: row_alignment(program, array) for array in program.with_role("input")}
         self.extents = {
             name: extent(given[name].shape, given[name].strides, array.numpy_dtype.itemsize)
             for name, array in program.array.items()
@@ -178,7 +200,7 @@ class Launch:
         """Raise unless a result can be written to the caller's array, and add it to what is taken."""
         array = self.program.array[name]
         check_output(name, result, array.shape, array.numpy_dtype, self.device, taken)
-        check_pointer(name, result.data.ptr, row_alignment(array))
+        check_pointer(name, result.data.ptr, row_alignment(self.program, array))
         taken[name] = (result.data.ptr, result.data.ptr + result.nbytes)
 
     def taken(self, addresses: Mapping[str, int]) -> dict[str, tuple[int, int]]:
@@ -229,6 +251,9 @@ class Launch:
             filled = step.parameters.copy()  # one for each call: other threads launch at the same time
             counters = 0 if counted is None else counted.buffer(self.device, step.counters).data.ptr
             step.write_addresses(filled.data, 0, *[addresses[slot] for slot in step.slots], counters)
+            if step.maps:
+                maps = step.encoded_maps(*[addresses[slot] for slot in step.mapped_slots])
+                step.write_maps(filled.data, step.maps_offset, maps)
             step.function(step.grid, step.block, (filled,), step.shared_bytes)  # type: ignore[misc]
 
     def check_addresses(self, addresses: list[int]) -> None:
@@ -250,8 +275,10 @@ def kept_in_workspace(program: Program, wanted: frozenset[str]) -> list[Array]:
     ]
 
 
-def row_alignment(array: Array) -> int:
-    """Return the bytes that rows of an array start at multiples of: four elements, or one number."""
+def row_alignment(program: Program, array: Array) -> int:
+    """Return the bytes that rows of an array start at multiples of: four elements, one number, or what a copy needs."""
+    if array.name in program.mapped:
+        return ADDRESS_MULTIPLE
     return (1 if array.kind == "statistic" else 4) * ITEM_BYTES[array.dtype]
 
 
@@ -394,4 +421,4 @@ def check_inputs(program: Program, given: Mapping[str, Description]) -> None:
         if found.dtype != array.numpy_dtype:
             raise TypeError(f"{name} has dtype {found.dtype}: expected {array.dtype}")
         if 0 not in found.shape:
-            check_strides(name, found.shape, found.strides, array.numpy_dtype.itemsize, row_alignment(array))
+            check_strides(name, found.shape, found.strides, array.numpy_dtype.itemsize, row_alignment(program, array))

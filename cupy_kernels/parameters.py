@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from simattn.plan import Plan
 from simattn.problem import AttentionProblem
+from simattn.sums import ceil_div
 
 STORAGE_TYPES = ("float32", "float16", "bfloat16")
 """Storage formats that the kernels take."""
@@ -28,6 +29,9 @@ LONGEST = 1 << 29
 
 UNLIMITED = 1 << 30
 """Window side without a limit."""
+
+MAP_BYTES, MAP_ALIGNMENT = 128, 64
+"""Size of a tensor map, and what its place in a parameter struct is a multiple of."""
 
 PROBLEM_FIELDS = (
     *((name, np.int32) for name in ("batch", "heads", "group_size", "q_len", "kv_len", "head_dim", "value_dim")),
@@ -59,9 +63,12 @@ class Operand:
 
 
 @functools.cache
-def struct_of(names: tuple[str, ...]) -> np.dtype[Any]:
-    """Return the parameter struct of a kernel with arrays of these names: addresses, counters, strides, sizes."""
-    return np.dtype(
+def struct_of(names: tuple[str, ...], maps: tuple[str, ...] = ()) -> np.dtype[Any]:
+    """Return the parameter struct of a kernel with arrays of these names: addresses, counters, strides, sizes.
+
+    Tensor maps of the arrays that ``maps`` names follow, aligned as the device wants them.
+    """
+    plain = np.dtype(
         [
             *((name, np.uint64) for name in (*names, "counters")),
             *((f"{name}_strides", np.int64, 3) for name in names),
@@ -70,6 +77,19 @@ def struct_of(names: tuple[str, ...]) -> np.dtype[Any]:
         ],
         align=True,
     )
+    if not maps:
+        return plain
+    assert plain.fields is not None
+    start = ceil_div(plain.itemsize, MAP_ALIGNMENT) * MAP_ALIGNMENT
+    offsets = [plain.fields[name][1] for name in plain.names or ()]
+    return np.dtype(
+        {
+            "names": [*(plain.names or ()), *(f"{name}_map" for name in maps)],
+            "formats": [*(plain.fields[name][0] for name in plain.names or ()), *(f"V{MAP_BYTES}" for _ in maps)],
+            "offsets": [*offsets, *(start + MAP_BYTES * index for index in range(len(maps)))],
+            "itemsize": start + MAP_BYTES * len(maps),
+        }
+    )
 
 
 def parameters(
@@ -77,8 +97,9 @@ def parameters(
     problem: AttentionProblem,
     operand: Operand,
     strides: Mapping[str, tuple[int, int, int]],
+    maps: tuple[str, ...] = (),
 ) -> npt.NDArray[Any]:
-    """Return a parameter struct without addresses, as an array of one element.
+    """Return a parameter struct without addresses and tensor maps, as an array of one element.
 
     Parameters
     ----------
@@ -90,8 +111,10 @@ def parameters(
         What the kernel is told besides.
     strides
         Of every array along (batch, row, head), in elements.
+    maps
+        Arrays of which the struct holds a tensor map.
     """
-    made = np.zeros(1, struct_of(names))
+    made = np.zeros(1, struct_of(names, maps))
     for name in names:
         made[f"{name}_strides"] = strides[name]
     for name in ("batch", "heads", "group_size", "q_len", "kv_len", "head_dim", "value_dim", "scale"):

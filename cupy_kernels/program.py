@@ -95,6 +95,25 @@ class Array:
 
 
 @dataclass(frozen=True)
+class Boxes:
+    """How a kernel copies an array by boxes, which a tensor map describes.
+
+    Attributes
+    ----------
+    name
+        The kernel's array.
+    rows
+        Rows of a box.
+    packed_heads
+        Heads whose rows a box interleaves, position by position; None where a box has one head and no axis for more.
+    """
+
+    name: str
+    rows: int
+    packed_heads: int | None = None
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One build of a kernel and its launch shape.
 
@@ -110,6 +129,8 @@ class Kernel:
         Dynamic shared memory of a block.
     accesses
         Names of its arrays in the order of its parameter struct, and what it does to each.
+    boxes
+        How it copies those of which its parameter struct holds a tensor map, in that order.
     """
 
     source: str
@@ -118,6 +139,7 @@ class Kernel:
     threads: int
     shared_bytes: int
     accesses: tuple[tuple[str, Access | Literal[""]], ...]
+    boxes: tuple[Boxes, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,9 +147,14 @@ class Kernel:
         return tuple(name for name, _ in self.accesses)
 
     @property
+    def mapped(self) -> tuple[str, ...]:
+        """Names of its arrays that have a tensor map."""
+        return tuple(boxes.name for boxes in self.boxes)
+
+    @property
     def struct(self) -> np.dtype[Any]:
         """Its parameter struct."""
-        return struct_of(self.names)
+        return struct_of(self.names, self.mapped)
 
     def variant(self, *, count_traffic: bool) -> Variant:
         """Return what to compile."""
@@ -206,6 +233,16 @@ class Program:
     def with_role(self, *roles: Role) -> tuple[Array, ...]:
         """Return the arrays that have one of these roles."""
         return tuple(array for array in self.arrays if array.role in roles)
+
+    @functools.cached_property
+    def mapped(self) -> frozenset[str]:
+        """Names of the arrays that a kernel copies by boxes."""
+        return frozenset(
+            array
+            for step in self.steps
+            for array, name in zip(step.arrays, step.kernel.names, strict=True)
+            if name in step.kernel.mapped
+        )
 
     def is_read(self, name: str) -> bool:
         """Say whether a step reads an array."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cupy_kernels import flash1, flash2, standard
+from cupy_kernels import flash1, flash2, flash3, standard
 from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.compiler import Variant
 from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES, check_supported
@@ -16,7 +16,9 @@ from simattn.plan import Direction, Plan
 from simattn.planning import DEFAULT_HARDWARE
 from simattn.problem import AttentionProblem
 
-ALGORITHMS: dict[str, KernelAlgorithm] = {item.ALGORITHM.name: item.ALGORITHM for item in (flash2, flash1, standard)}
+ALGORITHMS: dict[str, KernelAlgorithm] = {
+    item.ALGORITHM.name: item.ALGORITHM for item in (flash2, flash1, standard, flash3)
+}
 """Algorithms that there are kernels for, by name; the first is the default."""
 
 DEFAULT_ALGORITHM = next(iter(ALGORITHMS))
@@ -56,7 +58,7 @@ def default_plan(
     hardware
         Name or row of a GPU.
     algorithm
-        "flash2", the default, "flash1" or "standard".
+        "flash2", the default, "flash1", "standard" or, forward on Hopper, "flash3".
     direction
         "forward" for :func:`cupy_kernels.attention`, "backward" for :func:`cupy_kernels.attention_backward`.
     deterministic
@@ -67,11 +69,8 @@ def default_plan(
     ValueError
         If the kernels do not take the problem, or no tiles fit.
     """
-    chosen = get_algorithm(algorithm)
-    if direction not in chosen.programs:
-        raise ValueError(f"direction={direction!r}: expected one of {tuple(chosen.programs)}")
-    check_supported(problem)
     gpu = get_hardware(hardware)
+    chosen = _algorithm_for(algorithm, direction, problem, gpu)
     plan = chosen.default_plans[direction](problem, gpu, deterministic)
     chosen.programs[direction](problem, plan, gpu)  # raises for what the kernels do not take
     return plan
@@ -89,14 +88,34 @@ def make_program(
     ValueError
         If there are no kernels for it.
     """
-    chosen = get_algorithm(algorithm)
-    if direction not in chosen.programs:
-        raise ValueError(f"direction={direction!r}: expected one of {tuple(chosen.programs)}")
-    check_supported(problem)
+    gpu = get_hardware(hardware)
+    chosen = _algorithm_for(algorithm, direction, problem, gpu)
     if not isinstance(plan, chosen.plan_class):
         expected = f"{chosen.plan_class.__module__}.{chosen.plan_class.__name__}"
         raise TypeError(f"plan is a {type(plan).__name__}: expected a {expected}")
-    return chosen.programs[direction](problem, plan, get_hardware(hardware))
+    return chosen.programs[direction](problem, plan, gpu)
+
+
+def _algorithm_for(
+    algorithm: str | None, direction: Direction, problem: AttentionProblem, gpu: Hardware
+) -> KernelAlgorithm:
+    """Return an algorithm that has kernels for the problem.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+    """
+    chosen = get_algorithm(algorithm)
+    if direction not in chosen.programs:
+        raise ValueError(
+            f"direction={direction!r}: expected one of {tuple(chosen.programs)}, which {chosen.name} has kernels for"
+        )
+    check_supported(problem)
+    refusal = chosen.refusal(problem, gpu)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return chosen
 
 
 def chosen_program(
@@ -129,12 +148,15 @@ def chosen_program(
 
 def default_programs(problem: AttentionProblem, hardware: str | Hardware = DEFAULT_HARDWARE) -> Iterator[Program]:
     """Yield every program that a default plan runs for a problem, deterministic and not."""
+    gpu = get_hardware(hardware)
     for name, chosen in ALGORITHMS.items():
+        if chosen.refusal(problem, gpu) is not None:
+            continue
         for direction in chosen.programs:
-            found = {default_plan(problem, hardware, algorithm=name, direction=direction, deterministic=repeats)
+            found = {default_plan(problem, gpu, algorithm=name, direction=direction, deterministic=repeats)
                      for repeats in ((False, True) if direction == "backward" else (True,))}  # fmt: skip
             for plan in sorted(found, key=repr):
-                yield make_program(name, direction, problem, plan, hardware)
+                yield make_program(name, direction, problem, plan, gpu)
 
 
 def default_kernels(hardware: str | Hardware = DEFAULT_HARDWARE) -> list[Kernel]:
@@ -142,10 +164,11 @@ def default_kernels(hardware: str | Hardware = DEFAULT_HARDWARE) -> list[Kernel]
     found: dict[Kernel, None] = {}
     for dtype in STORAGE_TYPES:
         for columns in COLUMN_BUCKETS:
-            # Long and grouped enough for every step of a program to have something to do.
-            problem = AttentionProblem(heads=2, kv_heads=1, q_len=256, head_dim=columns, dtype=dtype)
-            for program in default_programs(problem, hardware):
-                found |= dict.fromkeys(step.kernel for step in program.steps)
+            for causal in (False, True):
+                # Long and grouped enough for every step of a program to have something to do.
+                problem = AttentionProblem(heads=2, kv_heads=1, q_len=256, head_dim=columns, dtype=dtype, causal=causal)
+                for program in default_programs(problem, hardware):
+                    found |= dict.fromkeys(step.kernel for step in program.steps)
     return list(found)
 
 

@@ -13,18 +13,30 @@ from simattn.algorithms import flash2
 from simattn.algorithms.algorithm import Algorithm
 from simattn.hardware import Hardware
 from simattn.plan import Direction, PlanKind, Tiles, candidates
-from simattn.problem import AttentionProblem
+from simattn.problem import AttentionProblem, checked_integer
 
 # Config and validation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flash3Plan(flash2.Flash2Plan):
-    """Plan of FlashAttention-3: FlashAttention-2's, pipelined, with results staged through SRAM."""
+    """Plan of FlashAttention-3: FlashAttention-2's, pipelined, with results staged through SRAM.
+
+    Attributes
+    ----------
+    packed_heads
+        Query heads of a KV head whose rows share a query tile of the forward pass, position by position: the keys and
+        values are loaded once for all of them.
+    """
 
     stages: int = 2
     stage_results: bool = True
     transpose_float8_values: bool = True
+    packed_heads: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checked_integer("packed_heads", self.packed_heads, 1)
 
 
 # Tiled program

@@ -45,7 +45,11 @@ class Device:
     @property
     def attributes(self):
         shared = Device.shared_bytes
-        return {"MaxSharedMemoryPerBlockOptin": shared, "MaxSharedMemoryPerMultiprocessor": shared + 1024}
+        return {
+            "MaxSharedMemoryPerBlockOptin": shared,
+            "MaxSharedMemoryPerMultiprocessor": shared + 1024,
+            "MultiProcessorCount": 132,
+        }
 
     def __enter__(self):
         self.before = Device.current

@@ -1,0 +1,202 @@
+"""FlashAttention-3 on Hopper's tensor cores: from a problem and a plan to the kernel that runs it.
+
+The twin of :mod:`simattn.algorithms.flash3`, forward. Bits are those of ``simattn.run("flash3", arithmetic="hopper")``
+and depend on the plan's tile of keys alone; neither they nor the bytes counted depend on how many thread blocks there
+are.
+"""
+
+from __future__ import annotations
+
+from cupy_kernels.algorithm import KernelAlgorithm
+from cupy_kernels.forward_tiles import too_large
+from cupy_kernels.parameters import Operand
+from cupy_kernels.parameters import check_plan as check_every_plan
+from cupy_kernels.program import Boxes, Kernel, Program, Step, forward_results, inputs, macros, program_of
+from simattn.algorithms.flash3 import Flash3Plan, is_masked
+from simattn.hardware import Hardware
+from simattn.plan import Plan, Tiles
+from simattn.problem import AttentionProblem
+from simattn.sums import ceil_div
+
+DTYPES = ("float16", "bfloat16")
+"""Storage formats that the kernel takes."""
+
+COLUMN_BUCKETS = (64, 96, 128, 192, 256)
+"""Head dimensions that the kernel is compiled for; others run in the next larger one."""
+
+FORWARD_TILES: dict[int, Tiles] = {
+    64: Tiles(q=192, kv=128),
+    96: Tiles(q=192, kv=128),
+    128: Tiles(q=128, kv=176),
+    192: Tiles(q=128, kv=112),
+    256: Tiles(q=128, kv=80),
+}
+"""Tiles without a mask, by column bucket, that are fastest on an H100."""
+
+MASKED_FORWARD_TILES: dict[int, Tiles] = {**FORWARD_TILES, 128: Tiles(q=128, kv=128)}
+"""Tiles under a causal mask or a window, by column bucket, that are fastest on an H100."""
+
+WARPGROUP = 128
+GROUP_ROWS = 64
+"""Query rows of a warpgroup."""
+
+MOST_GROUPS = 3
+SMALLEST_KEY_TILE, LARGEST_KEY_TILE, KEY_MULTIPLE = 64, 256, 16
+"""Keys of a tile: the columns of a product."""
+
+SLAB_COLUMNS, SLAB_ROW_BYTES = 64, 128
+STAGES = 2
+BARRIER_BYTES = 256
+WARP_ROWS = 16
+TURNS_COLUMNS = 128
+"""Columns up to which the warpgroups issue their products in turns."""
+
+SECTION_BYTES = 32 << 20
+"""Keys and values that are worked on at a time under a mask: what the L2 cache keeps beside the rest."""
+
+LARGEST_TILE_NUMBER = (1 << 31) - 1
+
+# Plans
+
+
+def column_bucket(problem: AttentionProblem) -> int:
+    """Return the smallest bucket that holds the rows of q, k and v."""
+    columns = max(problem.head_dim, problem.value_dim)
+    return next(bucket for bucket in COLUMN_BUCKETS if bucket >= columns)
+
+
+def default_forward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> Flash3Plan:
+    """Return the tiles that are fastest; every device that runs the kernel has the shared memory for them."""
+    tiles = MASKED_FORWARD_TILES if is_masked(problem) else FORWARD_TILES
+    return Flash3Plan(tiles=tiles[column_bucket(problem)])
+
+
+def refusal(problem: AttentionProblem, hardware: Hardware) -> str | None:
+    """Return why there is no kernel for a problem on a GPU, or None."""
+    if problem.dtype not in DTYPES:
+        return f"dtype={problem.dtype!r}: flash3 takes {DTYPES}"
+    if hardware.compute_capability != (9, 0):
+        major, minor = hardware.compute_capability
+        return (
+            f"algorithm='flash3' runs on compute capability 9.0 (Hopper), and {hardware.name} has {major}.{minor}: "
+            "expected another algorithm, such as 'flash2'"
+        )
+    return None
+
+
+def check_plan(problem: AttentionProblem, plan: Flash3Plan) -> None:
+    """Raise a ValueError unless there is a kernel for a plan; fields that decide nothing but on-chip traffic pass."""
+    check_every_plan(plan)
+    tiles, packed = plan.tiles, plan.packed_heads
+    if tiles.q % GROUP_ROWS or tiles.q > MOST_GROUPS * GROUP_ROWS:
+        raise ValueError(
+            f"plan.tiles.q={tiles.q}: the kernel takes query rows in multiples of {GROUP_ROWS} up to "
+            f"{MOST_GROUPS * GROUP_ROWS}"
+        )
+    if tiles.kv % KEY_MULTIPLE or not SMALLEST_KEY_TILE <= tiles.kv <= LARGEST_KEY_TILE:
+        raise ValueError(
+            f"plan.tiles.kv={tiles.kv}: the kernel takes keys in multiples of {KEY_MULTIPLE} from {SMALLEST_KEY_TILE} "
+            f"to {LARGEST_KEY_TILE}"
+        )
+    if tiles.depth is not None and tiles.depth < max(problem.head_dim, problem.value_dim):
+        raise ValueError(f"plan.tiles.depth={tiles.depth}: expected None, the kernel takes all columns at a time")
+    if plan.stages != STAGES:
+        raise ValueError(f"plan.stages={plan.stages}: the kernel has {STAGES}")
+    if GROUP_ROWS % packed or problem.group_size % packed:
+        raise ValueError(
+            f"plan.packed_heads={packed}: expected a divisor of {GROUP_ROWS} and of the {problem.group_size} query "
+            "heads of a KV head"
+        )
+
+
+# Programs
+
+
+def forward_kernel(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardware) -> Kernel:
+    """Return the build of the forward kernel for a plan.
+
+    Raises
+    ------
+    ValueError
+        If its tiles do not fit the device's shared memory.
+    """
+    columns, tiles, packed = column_bucket(problem), plan.tiles, plan.packed_heads
+    groups = tiles.q // GROUP_ROWS
+    for query_stages in (2, 1):
+        shared_bytes = shared_bytes_of(columns, tiles, query_stages)
+        if shared_bytes <= hardware.sram_bytes_per_block:
+            break
+    else:
+        raise too_large(tiles, columns, hardware)
+    return Kernel(
+        source="flash3_forward.cu",
+        function="flash3_forward",
+        macros=macros(
+            storage=problem.dtype,
+            columns=columns,
+            query_rows=tiles.q,
+            key_rows=tiles.kv,
+            query_stages=query_stages,
+            packed_heads=packed,
+            masked=int(is_masked(problem)),
+            take_turns=int(columns <= TURNS_COLUMNS and groups > 1),
+            negated=0,
+        ),
+        threads=WARPGROUP * (groups + 1),
+        shared_bytes=shared_bytes,
+        accesses=(("q", "r"), ("k", "r"), ("v", "r"), ("out", "w"), ("lse", "w")),
+        boxes=(
+            Boxes("q", GROUP_ROWS, packed),
+            Boxes("k", tiles.kv),
+            Boxes("v", tiles.kv),
+            Boxes("out", WARP_ROWS, packed),
+        ),
+    )
+
+
+def shared_bytes_of(columns: int, tiles: Tiles, query_stages: int) -> int:
+    """Return the shared memory of a thread block: slabs of queries, keys and values, and the barriers."""
+    row_bytes = ceil_div(columns, SLAB_COLUMNS) * SLAB_ROW_BYTES
+    return (query_stages * tiles.q + 2 * STAGES * tiles.kv) * row_bytes + BARRIER_BYTES
+
+
+def forward(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardware) -> Program:
+    """Return the forward program: one kernel, whose thread blocks walk the query tiles."""
+    check_plan(problem, plan)
+    kernel = forward_kernel(problem, plan, hardware)
+    packed = plan.packed_heads
+    matrices = problem.batch * problem.heads // packed
+    tiles = matrices * ceil_div(problem.q_len * packed, plan.tiles.q)
+    # A thread block steps past the last tile by at most two turns.
+    if tiles + 2 * hardware.streaming_multiprocessors > LARGEST_TILE_NUMBER:
+        raise ValueError(f"{kernel.function} has {tiles} query tiles for this problem: expected fewer, a smaller batch")
+    step = Step(
+        kernel,
+        min(hardware.streaming_multiprocessors, tiles),
+        ("q", "k", "v", "out", "lse"),
+        Operand(heads=section_of(problem, packed, matrices)),
+    )
+    return program_of(problem, (*inputs(problem), *forward_results(problem)), [step])
+
+
+def section_of(problem: AttentionProblem, packed_heads: int, matrices: int) -> int:
+    """Return how many query matrices to work on at a time, so that the L2 cache holds their keys and values."""
+    key_bytes = problem.kv_len * (problem.head_dim + problem.value_dim) * problem.item_bytes
+    key_matrices = max(1, SECTION_BYTES // max(1, key_bytes))
+    return max(1, min(matrices, key_matrices * (problem.group_size // packed_heads)))
+
+
+def is_deterministic(problem: AttentionProblem, plan: Plan) -> bool:
+    """Say whether a plan's bits repeat: always."""
+    return True
+
+
+ALGORITHM = KernelAlgorithm(
+    name="flash3",
+    plan_class=Flash3Plan,
+    default_plans={"forward": default_forward_plan},
+    programs={"forward": forward},
+    saved=("out", "lse"),
+    is_deterministic=is_deterministic,
+    refusal=refusal,
+)

@@ -1,0 +1,149 @@
+"""Tensor maps: what the tensor memory accelerator (TMA) of a Hopper GPU is told about an array.
+
+A kernel copies boxes of an array of up to five axes between global and shared memory; what a box has outside the array
+arrives as zeros and is never written. The map holds the array's address, its axes and the box. The driver encodes it;
+the CPU build reads a plain record instead.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from cupy_kernels.parameters import MAP_BYTES
+from cupy_kernels.program import Array, Boxes
+from simattn.arithmetic.formats import ITEM_BYTES
+
+ADDRESS_MULTIPLE = 16
+"""Bytes that the first element and every stride are multiples of."""
+
+SLAB_COLUMNS = 64
+"""Columns of a box: 128 bytes, the unit in which shared memory is swizzled."""
+
+LARGEST_STRIDE = 1 << 40
+MOST_BOX_ROWS = 256
+
+CPU_RECORD = struct.Struct("<4sIQII5I5I4Q")
+"""``cpu::TensorMapRecord``: mark, padding, address, bytes of an element, axes, their extents, those of the box, bytes
+between the elements of each axis but the first."""
+
+CPU_MARK = b"BOX\0"
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """A map without its address.
+
+    Attributes
+    ----------
+    array
+        Name of the array, for messages.
+    dtype
+        Its storage format.
+    extents
+        Elements along each axis, the adjacent ones first; at least 1.
+    strides
+        Bytes between the elements of each axis but the first.
+    box
+        Elements of a box along each axis.
+    """
+
+    array: str
+    dtype: str
+    extents: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for stride in self.strides:
+            if not 0 <= stride < LARGEST_STRIDE or stride % ADDRESS_MULTIPLE:
+                raise ValueError(
+                    f"{self.array} has a stride of {stride} bytes: the kernel takes multiples of {ADDRESS_MULTIPLE} "
+                    f"from 0 to 2^40; a contiguous copy has such"
+                )
+        if max(self.box) > MOST_BOX_ROWS:
+            raise ValueError(f"{self.array} is copied by boxes of {self.box}: expected at most {MOST_BOX_ROWS} rows")
+
+    @classmethod
+    def of(cls, array: Array, boxes: Boxes, strides: tuple[int, int, int]) -> TensorMap:
+        """Return the map of a matrix that is copied by boxes of rows.
+
+        Parameters
+        ----------
+        array
+            The matrix.
+        boxes
+            How it is copied.
+        strides
+            Elements between batch entries, rows and heads.
+        """
+        item = array.numpy_dtype.itemsize
+        batch, row, head = (stride * item for stride in strides)
+        packed = boxes.packed_heads
+        extents: tuple[int, ...]
+        steps: tuple[int, ...]
+        box: tuple[int, ...]
+        if packed is None:
+            extents = (array.columns, array.rows, array.heads, array.batch)
+            steps, box = (row, head, batch), (boxes.rows, 1, 1)
+        else:
+            # A position's packed heads follow one another, then the next position.
+            together = min(packed, boxes.rows)
+            extents = (array.columns, packed, array.rows, array.heads // packed, array.batch)
+            steps, box = (head, row, head * packed, batch), (together, boxes.rows // together, 1, 1)
+        # The stride of an axis of one element is never used; the driver wants a plausible one.
+        used = tuple(
+            step if extent > 1 else max(steps[0], ADDRESS_MULTIPLE)
+            for step, extent in zip(steps, extents[1:], strict=True)
+        )
+        return cls(array.name, array.dtype, tuple(max(1, extent) for extent in extents), used, (SLAB_COLUMNS, *box))
+
+    def encode(self, address: int) -> bytes:
+        """Return the map as the device takes it.
+
+        Raises
+        ------
+        RuntimeError
+            If the driver does not take it.
+        """
+        from cuda.bindings import driver
+
+        types = {
+            "float16": driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            "bfloat16": driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        }
+        rank = len(self.extents)
+        status, made = driver.cuTensorMapEncodeTiled(
+            types[self.dtype],
+            rank,
+            address,
+            [driver.cuuint64_t(extent) for extent in self.extents],
+            [driver.cuuint64_t(stride) for stride in self.strides],
+            [driver.cuuint32_t(extent) for extent in self.box],
+            [driver.cuuint32_t(1)] * rank,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,  # outside the array: zeros
+        )
+        if int(status):
+            raise RuntimeError(f"the driver encodes no tensor map of {self} at {address:#x}: {status!r}")
+        return struct.pack("<16Q", *(int(word) for word in made.opaque))
+
+    def cpu_record(self, address: int) -> bytes:
+        """Return the map as the CPU build takes it."""
+
+        def padded(numbers: tuple[int, ...], length: int) -> tuple[int, ...]:
+            return (*numbers, *(1,) * (length - len(numbers)))
+
+        record = CPU_RECORD.pack(
+            CPU_MARK,
+            0,
+            address,
+            ITEM_BYTES[self.dtype],
+            len(self.extents),
+            *padded(self.extents, 5),
+            *padded(self.box, 5),
+            *padded(self.strides, 4),
+        )
+        return record.ljust(MAP_BYTES, b"\0")
