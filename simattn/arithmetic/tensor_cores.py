@@ -135,11 +135,13 @@ def add_products(
         return
     whole = -(-contracted // unit.depth) * unit.depth
     left_exponents = _exponents(left, unit.least_exponent)
-    if seen is None or seen_of is None:
-        seen_of = left_of
-    else:  # one set of exponents for every pair of a matrix and what is seen of it
-        pairs, seen_of = np.unique(np.stack([left_of, seen_of]), axis=1, return_inverse=True)
-        left_exponents = np.where(seen[pairs[1]], left_exponents[pairs[0]], np.int16(HIDDEN))
+    if seen is not None and seen_of is not None:
+        # From here on one matrix for every pair of a matrix and what is seen of it.
+        pairs, pair_of = np.unique(np.stack([left_of, seen_of]), axis=1, return_inverse=True)
+        visible = seen[pairs[1]]
+        left = np.where(visible, left[pairs[0]], np.float32(0))
+        left_exponents = np.where(visible, left_exponents[pairs[0]], np.int16(HIDDEN))
+        left_of = pair_of.reshape(-1)
     left, left_exponents = _padded(left, 2, whole, 0), _padded(left_exponents, 2, whole, ZERO)
     right = _padded(right, 1, whole, 0)
     right_exponents = _exponents(right, unit.least_exponent)
@@ -149,7 +151,6 @@ def add_products(
         _finite(left),
         left_of,
         left_exponents,
-        seen_of.reshape(-1),
         right,
         _finite(right),
         right_of,
@@ -224,7 +225,6 @@ def _products(
     finite_left: Any,
     left_of: Any,
     left_exponents: Any,
-    seen_of: Any,
     right: Any,
     finite_right: Any,
     right_of: Any,
@@ -255,11 +255,13 @@ def _products(
             for row in range(first, stop):
                 sums = total[matrix, row]
                 weights = finite_left[left_of[matrix], row]
-                offsets = left_exponents[seen_of[matrix], row]
+                offsets = left_exponents[left_of[matrix], row]
                 hidden = True
                 for k in range(start, start + depth):
                     hidden &= offsets[k] == HIDDEN
-                if hidden:
+                if hidden:  # only zeros are added
+                    for column in range(columns):
+                        sums[column] += types.float32(0)
                     continue
                 for column in range(columns):
                     highest[column] = _exponent(sums[column], -126)
@@ -330,7 +332,8 @@ def _dot_add(
 ) -> Any:
     """Compute one sum for any operands."""
     special = types.float32(0)  # the sum of the infinite terms
-    highest = types.int32(_exponent(c, -126))
+    least_sum_exponent = -14 if to_float16 else -126
+    highest = types.int32(_exponent(c, least_sum_exponent))
     for k in range(a.size):
         e = types.int32(a_exponents[k]) + types.int32(b_exponents[k])
         highest = max(highest, e)
@@ -351,7 +354,7 @@ def _dot_add(
         if e > NO_TERM:
             product = _significand(a[k], a_exponents[k], fraction) * _significand(b[k], b_exponents[k], fraction)
             total += _shifted(product, e - 2 * fraction - unit)
-    e = types.int32(_exponent(c, -126))
+    e = types.int32(_exponent(c, least_sum_exponent))
     if e > NO_TERM:
         total += _shifted(_significand(c, e, 23), e - 23 - unit)
     if to_float16:

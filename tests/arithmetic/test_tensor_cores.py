@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simattn.arithmetic import tensor_cores
+from simattn.arithmetic.formats import numpy_dtype
+from simattn.arithmetic.tensor_cores import DotAdd, add_products
+from simattn.testing import assert_same_bits
+
+# One dot-add in exact arithmetic: the definition, term by term.
+
+
+def exponent_of(value: float, least: int) -> int:
+    return max(math.frexp(value)[1] - 1, least)
+
+
+def truncated(value: Fraction, unit: Fraction) -> Fraction:
+    return (abs(value) // unit) * unit * (1 if value > 0 else -1)
+
+
+def nearest(value: Fraction, unit: Fraction) -> Fraction:
+    return round(value / unit) * unit  # Python rounds halves to even
+
+
+def rounded(total: Fraction, unit: DotAdd, rounding: Any) -> float:
+    """Round a sum to the result's format."""
+    if total == 0:
+        return 0.0
+    exponent = math.frexp(abs(total.numerator) / total.denominator)[1] - 1
+    while abs(total) >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    while abs(total) < Fraction(2) ** exponent:
+        exponent -= 1
+    if unit.rounding == "float16":
+        result, limit = rounding(total, Fraction(2) ** max(exponent - 10, -24)), 2**16
+    else:
+        result, limit = rounding(total, Fraction(2) ** max(exponent - unit.kept_bits, -149)), 2**128
+    if abs(result) >= limit:
+        return math.copysign(math.inf, result)
+    return float(result)
+
+
+def dot_add(
+    a: list[float], b: list[float], c: float, unit: DotAdd, *, rounding: Any = None, renormalised: bool = False
+) -> float:
+    """Compute one fused dot-add; ``rounding`` and ``renormalised`` make it another one than the hardware's."""
+    if not all(map(math.isfinite, [*a, *b, c])):
+        special = [x * y for x, y in zip(a, b, strict=True) if not (math.isfinite(x) and math.isfinite(y))]
+        return sum([*special, 0.0 if math.isfinite(c) else c])
+    terms: list[tuple[int, Fraction]] = []
+    for x, y in zip(a, b, strict=True):
+        product = Fraction(x) * Fraction(y)
+        if product:
+            exponent = exponent_of(x, unit.least_exponent) + exponent_of(y, unit.least_exponent)
+            terms.append((math.frexp(float(product))[1] - 1 if renormalised else exponent, product))
+    if c:
+        terms.append((exponent_of(c, -14 if unit.rounding == "float16" else -126), Fraction(c)))
+    if not terms:
+        return 0.0
+    highest = max(unit.lowest_exponent, *(exponent for exponent, _ in terms))
+    last = Fraction(2) ** (highest - unit.fraction_bits)
+    total = sum((truncated(value, last) for _, value in terms), Fraction(0))
+    return rounded(total, unit, rounding or (nearest if unit.rounding == "float16" else truncated))
+
+
+def chain(a: Any, b: Any, c: Any, unit: DotAdd, seen: Any = None, **other: Any) -> Any:
+    """Compute a b + c element by element, a dot-add after the other."""
+    result = np.array(c, np.float32)
+    for row, column in np.ndindex(*result.shape):
+        for start in range(0, a.shape[1], unit.depth):
+            places = [k for k in range(start, min(start + unit.depth, a.shape[1])) if seen is None or seen[row, k]]
+            left, right = [float(a[row, k]) for k in places], [float(b[k, column]) for k in places]
+            result[row, column] = dot_add(left, right, float(result[row, column]), unit, **other)
+    return result
+
+
+def model(a: Any, b: Any, c: Any, unit: DotAdd, seen: Any = None) -> Any:
+    total, one = np.array(c, np.float32)[None], np.zeros(1, np.intp)
+    masks = {} if seen is None else {"seen": seen[None], "seen_of": one}
+    add_products(total, a[None], one, b[None], one, unit, **masks)
+    return total[0]
+
+
+# Operands of every kind
+
+FORMATS: dict[str, tuple[DotAdd, Any]] = {
+    **{name: (unit, numpy_dtype(name)) for name, unit in tensor_cores.WGMMA.items()},
+    "tfloat32": (tensor_cores.TFLOAT32, np.dtype(np.float32)),
+    "float16 sum": (tensor_cores.FLOAT16_SUM, np.dtype(np.float16)),
+    "float8_e4m3fn mma": (
+        replace(tensor_cores.FLOAT8_E4M3, fraction_bits=25, kept_bits=23),
+        numpy_dtype("float8_e4m3fn"),
+    ),
+}
+KINDS = ("normal", "bits", "cancelling", "subnormal", "tiny", "huge", "zeros", "special", "wide")
+
+
+def stored(values: Any, name: str) -> Any:
+    """Round to the input format; float32 that holds its numbers."""
+    dtype = FORMATS[name][1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        held = np.asarray(values).astype(dtype).astype(np.float32)
+    if name == "tfloat32":
+        held = (held.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    return held
+
+
+def random_bits(generator: np.random.Generator, shape: tuple[int, ...], name: str) -> Any:
+    """Finite numbers with uniform bits."""
+    dtype = FORMATS[name][1]
+    held = generator.integers(0, 1 << 8 * dtype.itemsize, shape).astype(f"u{dtype.itemsize}").view(dtype)
+    values = stored(held.astype(np.float32), name)
+    return np.where(np.isfinite(values), values, np.float32(1))
+
+
+def operands(kind: str, shape: tuple[int, int, int], name: str, number: int) -> tuple[Any, Any, Any]:
+    """Draw a (rows, depth), b (depth, columns) and c (rows, columns)."""
+    generator = np.random.default_rng(number)
+    rows, depth, columns = shape
+    unit = FORMATS[name][0]
+    a, b = generator.standard_normal((rows, depth)), generator.standard_normal((depth, columns))
+    c = generator.standard_normal((rows, columns)) * (number % 3)
+    least = 2.0**unit.least_exponent
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if kind == "bits":
+            a, b = random_bits(generator, a.shape, name), random_bits(generator, b.shape, name)
+        elif kind == "cancelling":
+            a[:, 1::2] = -a[:, : depth // 2 * 2 : 2] * (1 + 2.0**-7 * generator.integers(-1, 2, a[:, 1::2].shape))
+            b[1::2] = b[: depth // 2 * 2 : 2]
+        elif kind == "subnormal":
+            a *= least * 2.0 ** generator.integers(-9, 3, a.shape)
+            b *= 2.0 ** generator.integers(-3, 12, b.shape)
+        elif kind == "tiny":
+            a *= 2.0 ** (max(unit.least_exponent, -74) // 1) * 2.0 ** generator.integers(-3, 3, a.shape)
+            b *= 2.0 ** max(unit.least_exponent, -74) * 2.0 ** generator.integers(-3, 3, b.shape)
+            c *= 2.0 ** generator.integers(-149, -140, c.shape)
+        elif kind == "huge":
+            a *= 2.0 ** (-unit.least_exponent - 2)
+            b *= 2.0 ** generator.integers(-3, 4, b.shape)
+            c *= 2.0**126
+        elif kind == "zeros":
+            a *= generator.choice([0.0, -0.0, 1.0, -1.0], a.shape, p=[0.4, 0.4, 0.1, 0.1])
+            b *= generator.choice([0.0, -0.0, 1.0], b.shape, p=[0.4, 0.4, 0.2])
+            c *= generator.choice([0.0, -0.0, 1.0], c.shape)
+        elif kind == "wide":
+            a *= 2.0 ** generator.integers(-20, 20, a.shape)
+            b *= 2.0 ** generator.integers(-20, 20, b.shape)
+            c *= 2.0 ** generator.integers(-60, 60, c.shape)
+        elif kind == "special":
+            for array in (a, b, c):
+                places = generator.random(array.shape) < 0.02
+                array[places] = generator.choice([np.nan, np.inf, -np.inf], np.count_nonzero(places))
+        sums = c.astype(np.float16 if unit.rounding == "float16" else np.float32).astype(np.float32)
+    return stored(a, name), stored(b, name), sums
+
+
+cases = st.tuples(
+    st.sampled_from(KINDS),
+    st.tuples(st.integers(1, 9), st.integers(1, 70), st.integers(1, 6)),
+    st.integers(0, 2**32 - 1),
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(case=cases)
+def test_products_are_dot_adds_one_by_one(name: str, case: Any) -> None:
+    kind, shape, number = case
+    a, b, c = operands(kind, shape, name, number)
+    assert_same_bits(model(a, b, c, FORMATS[name][0]), chain(a, b, c, FORMATS[name][0]))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@given(case=cases, share=st.sampled_from([0.05, 0.5, 0.97]))
+def test_hidden_elements_take_no_part(name: str, case: Any, share: float) -> None:
+    kind, shape, number = case
+    a, b, c = operands(kind, shape, name, number)
+    seen = np.random.default_rng(number + 1).random(a.shape) < share
+    assert_same_bits(model(a, b, c, FORMATS[name][0], seen), chain(a, b, c, FORMATS[name][0], seen))
+
+
+@given(case=cases, products=st.integers(1, 5))
+def test_each_product_has_the_matrices_it_is_given(case: Any, products: int) -> None:
+    kind, shape, number = case
+    unit, generator = FORMATS["bfloat16"][0], np.random.default_rng(number)
+    drawn = [operands(kind, shape, "bfloat16", number + index) for index in range(3)]
+    left, right = np.stack([a for a, _, _ in drawn]), np.stack([b for _, b, _ in drawn])
+    seen = generator.random((2, *left.shape[1:])) < 0.5
+    left_of, right_of, seen_of = (generator.integers(0, size, products) for size in (3, 3, 2))
+    total = np.stack([drawn[index % 3][2] for index in range(products)])
+    expected = [model(left[left_of[i]], right[right_of[i]], total[i], unit, seen[seen_of[i]]) for i in range(products)]
+    add_products(total, left, left_of, right, right_of, unit, seen, seen_of)
+    assert_same_bits(total, np.stack(expected))
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a fraction bit less": ("normal", {"fraction_bits": 24}, {}),
+    "a fraction bit more": ("normal", {"fraction_bits": 26}, {}),
+    "half the depth": ("normal", {"depth": 8}, {}),
+    "twice the depth": ("normal", {"depth": 32}, {}),
+    "rounding to nearest": ("normal", {}, {"rounding": nearest}),
+    "products renormalised": ("normal", {}, {"renormalised": True}),
+    "no floor of the exponent": ("tiny", {"lowest_exponent": -1000}, {}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_other_parameters_give_other_bits(name: str, wrong: str) -> None:
+    kind, changes, other = WRONG[wrong]
+    if kind == "tiny" and name == "float16":
+        pytest.skip("products of float16 are never below the floor")
+    a, b, c = operands(kind, (24, 64, 24), name, 3)
+    unit = FORMATS[name][0]
+    assert_same_bits(model(a, b, c, unit), chain(a, b, c, unit))
+    assert (model(a, b, c, unit) != chain(a, b, c, replace(unit, **changes), **other)).any()
+
+
+@given(case=cases, extra=st.integers(1, 40), name=st.sampled_from(["bfloat16", "float16"]))
+def test_zeros_at_the_end_change_nothing(case: Any, extra: int, name: str) -> None:
+    kind, shape, number = case
+    a, b, c = operands(kind, shape, name, number)
+    unit = FORMATS[name][0]
+    padded_a, padded_b = np.pad(a, ((0, 0), (0, extra))), np.pad(b, ((0, extra), (0, 0)))
+    assert_same_bits(model(padded_a, padded_b, c, unit), model(a, b, c, unit))
+
+
+@given(case=cases, name=st.sampled_from(["bfloat16", "float16"]))
+def test_the_order_inside_a_dot_add_does_not_matter(case: Any, name: str) -> None:
+    kind, (rows, _, columns), number = case
+    a, b, c = operands(kind, (rows, 16, columns), name, number)
+    order, unit = np.random.default_rng(number).permutation(16), FORMATS[name][0]
+    assert_same_bits(model(a[:, order], b[order], c, unit), model(a, b, c, unit))
+
+
+def test_nan_has_the_hardware_s_bits_and_zero_is_positive() -> None:
+    a, b = np.full((1, 16), -0.0, np.float32), np.ones((16, 1), np.float32)
+    unit = tensor_cores.BFLOAT16
+    assert not np.signbit(model(a, b, np.full((1, 1), -0.0), unit)).any()
+    for value in (np.nan, -np.nan):
+        a[0, 3] = value
+        assert model(a, b, np.zeros((1, 1)), unit).view(np.uint32) == 0x7FFFFFFF
+
+
+def test_a_sum_of_the_largest_terms_is_exact() -> None:
+    """The largest significands, all of one sign: more than int32 holds with the sum so far."""
+    for name in ("bfloat16", "float16"):
+        unit = FORMATS[name][0]
+        largest = 2.0 - 2.0 ** (1 - unit.significand_bits)
+        a, b = np.full((1, 32), largest, np.float32), np.full((32, 1), largest, np.float32)
+        for sign in (1, -1):
+            c = np.full((1, 1), sign * np.nextafter(np.float32(2), np.float32(0)))
+            assert_same_bits(model(sign * a, b, c, unit), chain(sign * a, b, c, unit))
