@@ -493,10 +493,10 @@ def plot(report: dict[str, Any], dtype: str = "float32") -> Any:
             lengths = sorted({row["length"] for row in rows})
             axes.set_xscale("log", base=2)
             axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-            axes.set_ylim(bottom=0)
             axes.set_title(f"{direction}{', causal' if causal else ''}, d = {head_dim}", fontsize=9, color=INK)
             axes.tick_params(labelsize=8, colors=INK)
             axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylim(bottom=0)  # once all of the line is drawn, as it ends the fitting of the shared axis
         line[0].set_ylabel("TFLOP/s", fontsize=9, color=INK)
     for axes in panels[-1]:
         axes.set_xlabel("tokens", fontsize=9, color=INK)

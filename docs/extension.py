@@ -97,24 +97,34 @@ def measured_on(report: dict[str, Any]) -> str:
     return f"{report['device']}, driver for CUDA {driver}, {versions['compiler']}, CuPy {versions['cupy']}"
 
 
+def differences(tally: dict[str, Any]) -> str:
+    """Return what a run of the verifier compared and found."""
+    return (
+        f"{tally['problems']:,} problems, {tally['elements']:,} elements of results, "
+        f"{tally['differing_elements']} with other bits; {tally['differing_counts']} other counts; "
+        f"{tally['written_outside']} results written beside"
+    )
+
+
 class KernelBits(MarkdownDirective):
     """The measurement that holds the kernels' bits and counts against the simulated machine's."""
 
     def lines(self) -> list[str]:
         """Return a row per program, and their sum."""
         report = measurement("simt-bits")
-        tally, by_kind = report["tally"], report["problems_by_kind"]
+        by_kind = report["problems_by_kind"]
         dtypes = list(dict.fromkeys(kind.split()[2] for kind in sorted(by_kind)))
         programs = list(dict.fromkeys(tuple(kind.split()[:2]) for kind in sorted(by_kind)))
         rows = [[*program, *(f"{by_kind[' '.join((*program, dtype))]:,}" for dtype in dtypes)] for program in programs]
         return [
-            f"{measured_on(report)}: {tally['problems']:,} problems, {tally['elements']:,} elements of results, "
-            f"{tally['differing_elements']} with other bits; {tally['differing_counts']} other counts; "
-            f"{tally['written_outside']} results written beside.",
+            f"{measured_on(report)}: {differences(report['tally'])}.",
             "",
             *markdown_table(
                 ["algorithm", "direction", *(f"{dtype} problems" for dtype in dtypes)], rows, align="llrrr"
             ),
+            "",
+            f"With CUDA 12 ({measurement('simt-bits-cuda12')['versions']['compiler']}): "
+            f"{differences(measurement('simt-bits-cuda12')['tally'])}.",
         ]
 
 
@@ -132,14 +142,14 @@ class KernelSanitizer(MarkdownDirective):
 
 
 class KernelSpeed(MarkdownDirective):
-    """The measured speed of the kernels beside other libraries, in one direction."""
+    """The measured speed of the kernels beside other libraries, in one direction and storage format."""
 
-    required_arguments = 1
+    required_arguments = 2
 
     def lines(self) -> list[str]:
         """Return one row per problem."""
-        report, direction = measurement("simt-speed"), self.arguments[0]
-        measured = [row for row in report["rows"] if row["direction"] == direction]
+        wanted = tuple(self.arguments)
+        measured = [row for row in measurement("simt-speed")["rows"] if (row["direction"], row["dtype"]) == wanted]
         names = list(dict.fromkeys(row["contender"] for row in measured))
         keys = ("head_dim", "length", "causal")
         cells = {(*(row[key] for key in keys), row["contender"]): row for row in measured}
@@ -189,18 +199,20 @@ class KernelHost(MarkdownDirective):
 
 
 class KernelPlot(Directive):
-    """A picture of the measured speed."""
+    """A picture of the measured speed with one storage format."""
+
+    required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """Draw it beside the other static files and return the image."""
         from cupy_kernels import bench
 
-        document = self.state.document.settings.env
-        target = Path(document.srcdir) / "_build" / "pictures" / "simt-speed.svg"
+        (dtype,) = self.arguments
+        document, name = self.state.document.settings.env, f"simt-speed-{dtype}.svg"
+        target = Path(document.srcdir) / "_build" / "pictures" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        bench.plot(measurement("simt-speed")).savefig(target)
-        image = nodes.image(uri="/_build/pictures/simt-speed.svg", alt="TFLOP/s against the number of tokens")
-        return [image]
+        bench.plot(measurement("simt-speed"), dtype).savefig(target)
+        return [nodes.image(uri=f"/_build/pictures/{name}", alt=f"TFLOP/s against the number of tokens, {dtype}")]
 
 
 class AlgorithmPages(TocTree):

@@ -42,14 +42,18 @@ def test_the_report_is_consistent(report):
             assert row["gigabytes_per_second"] == pytest.approx(row["counted_hbm_bytes"] / seconds / 1e9)
 
 
-def test_the_picture_has_a_line_for_every_contender(report):
-    figure = bench.plot(report)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_picture_has_a_line_for_every_contender(report, dtype):
+    figure = bench.plot(report, dtype)
     assert len(figure.axes) == 2 * 2 * 3  # directions, masks, head dimensions
-    rows = [row for row in report["rows"] if row["dtype"] == "float32"]
+    rows = [row for row in report["rows"] if row["dtype"] == dtype]
     (legend,) = figure.legends
     assert {text.get_text() for text in legend.get_texts()} == {row["contender"] for row in rows}
     drawn = sum(len(line.get_xdata()) for axes in figure.axes for line in axes.get_lines()) - 2 * len(figure.axes)
     assert drawn == len(rows)  # the peak's line has two points in every panel
+    for axes in figure.axes:
+        bottom, top = axes.get_ylim()
+        assert all(bottom <= value <= top for line in axes.get_lines() for value in line.get_ydata())
 
 
 def test_an_earlier_run_is_read_and_drawn(tmp_path, capsys):
