@@ -44,7 +44,8 @@ constexpr int STEP = 16;               // contracted elements of a product
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 : 160;
 
-// Shared memory in bytes: queries (stage, warpgroup, slab), keys and values (stage, slab), barriers.
+// Shared memory in bytes: queries (stage, warpgroup, slab), keys and values (stage, slab), barriers, the query tiles'
+// places (stage).
 constexpr int QUERY_SLAB_BYTES = GROUP_ROWS * SLAB_ROW_BYTES;
 constexpr int QUERY_GROUP_BYTES = SLABS * QUERY_SLAB_BYTES;
 constexpr int QUERY_BYTES = CONSUMERS * QUERY_GROUP_BYTES;
@@ -53,7 +54,9 @@ constexpr int KEY_BYTES = SLABS * KEY_SLAB_BYTES;
 constexpr int K_OFFSET = QUERY_STAGES * QUERY_BYTES;
 constexpr int V_OFFSET = K_OFFSET + STAGES * KEY_BYTES;
 constexpr int BARRIERS_OFFSET = V_OFFSET + STAGES * KEY_BYTES;
-constexpr int SHARED_BYTES = BARRIERS_OFFSET + 256;
+constexpr int BARRIERS_BYTES = 192;
+constexpr int WORK_OFFSET = BARRIERS_OFFSET + BARRIERS_BYTES;
+constexpr int SHARED_BYTES = WORK_OFFSET + QUERY_STAGES * 32;
 
 static_assert(SHARED_BYTES <= 232448, "shared memory of a multiprocessor");
 static_assert(QUERY_ROWS % GROUP_ROWS == 0 && CONSUMERS <= 3, "one to three warpgroups compute");
@@ -66,21 +69,27 @@ struct Flash3ForwardParameters {
   const Stored* v;
   Stored* out;
   float* lse;
+  const int* schedule;  // the query tiles in the order in which they are handed to the blocks in turn, under a mask
   unsigned long long* counters;
-  Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
+  Strides q_strides, k_strides, v_strides, out_strides, lse_strides, schedule_strides;
   Problem problem;
-  Operand operand;  // `heads`: query matrices whose keys and values are worked on at a time under a mask
+  Operand operand;
   TensorMap q_map, k_map, v_map, out_map;
 };
 
-enum Flash3ForwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE };
+enum Flash3ForwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE, COUNT_SCHEDULE };
 
 struct Barriers {
   Barrier q_full[QUERY_STAGES][CONSUMERS], q_empty[QUERY_STAGES][CONSUMERS];
   Barrier k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
-static_assert(sizeof(Barriers) <= 256, "barriers fit");
+static_assert(sizeof(Barriers) <= BARRIERS_BYTES, "barriers fit");
+
+template <bool VALUE>
+struct Constant {
+  static constexpr bool value = VALUE;
+};
 
 // A stage of a ring and the parity of its present phase.
 template <int LENGTH>
@@ -94,57 +103,46 @@ struct Ring {
   }
 };
 
-// One query tile: packed rows are positions, heads of a group within them.
+// One query tile. The loading thread works it out and hands it on with the queries.
 struct Work {
-  int batch, head;             // KV head if heads are packed
-  int row;                     // first packed row
-  int first_tile, stop_tile;   // tiles of keys that any of its rows sees
-
-  DEVICE Work(const Problem& problem, int matrices, int section, int index) {
-    const int packed_rows = problem.q_len * PACKED_HEADS;
-    const int tiles = (packed_rows + QUERY_ROWS - 1) / QUERY_ROWS;
-    const int heads = problem.heads / PACKED_HEADS;
-    int matrix, tile;
-    if (MASKED) {
-      // The last query tiles of a section's matrices come first: under a causal mask they take longest.
-      const int turn = index / (section * tiles), within = index - turn * section * tiles;
-      const int present = min(section, matrices - turn * section);
-      matrix = turn * section + within % present;
-      tile = tiles - 1 - within / present;
-    } else {
-      matrix = index / tiles;
-      tile = index - matrix * tiles;
-    }
-    batch = matrix / heads;
-    head = matrix - batch * heads;
-    row = tile * QUERY_ROWS;
-    const int first = row / PACKED_HEADS, last = (min(row + QUERY_ROWS, packed_rows) - 1) / PACKED_HEADS;
-    const int shift = problem.kv_len - problem.q_len;
-    const int first_key = MASKED ? max(0, first + shift - problem.window_left) : 0;
-    const int stop_key = MASKED ? min(problem.kv_len, last + shift + problem.window_right + 1) : problem.kv_len;
-    first_tile = first_key / KEY_ROWS;
-    stop_tile = first_key < stop_key ? (stop_key + KEY_ROWS - 1) / KEY_ROWS : first_tile;
-  }
+  int batch, head;            // KV head if heads are packed
+  int row;                    // first packed row; there is none after the last tile
+  int first_tile, stop_tile;  // tiles of keys that any of its rows sees
 };
 
-// Walks the query tiles of a thread block: in turns from the first block to the last and back, which evens out falling
-// costs.
-struct Schedule {
-  int turn = 0;
+constexpr int NO_ROW = -1;
 
-  DEVICE int next() {
-    const int block = turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    return turn++ * gridDim.x + block;
-  }
-};
+DEVICE int packed_rows(const Problem& problem) { return problem.q_len * PACKED_HEADS; }
 
-DEVICE int matrices_of(const Problem& problem) { return problem.batch * (problem.heads / PACKED_HEADS); }
+DEVICE int tiles_of_matrix(const Problem& problem) { return (packed_rows(problem) + QUERY_ROWS - 1) / QUERY_ROWS; }
 
 DEVICE int tiles_of(const Problem& problem) {
-  return matrices_of(problem) * ((problem.q_len * PACKED_HEADS + QUERY_ROWS - 1) / QUERY_ROWS);
+  return problem.batch * (problem.heads / PACKED_HEADS) * tiles_of_matrix(problem);
+}
+
+// The query tile of this number, matrix by matrix.
+DEVICE Work work_of(const Problem& problem, int number) {
+  const int tiles = tiles_of_matrix(problem), heads = problem.heads / PACKED_HEADS;
+  const int matrix = number / tiles;
+  Work work;
+  work.batch = matrix / heads;
+  work.head = matrix - work.batch * heads;
+  work.row = (number - matrix * tiles) * QUERY_ROWS;
+  const int first = work.row / PACKED_HEADS;
+  const int last = (min(work.row + QUERY_ROWS, packed_rows(problem)) - 1) / PACKED_HEADS;
+  const int shift = problem.kv_len - problem.q_len;
+  const int first_key = MASKED ? max(0, first + shift - problem.window_left) : 0;
+  const int stop_key = MASKED ? min(problem.kv_len, last + shift + problem.window_right + 1) : problem.kv_len;
+  work.first_tile = first_key / KEY_ROWS;
+  work.stop_tile = first_key < stop_key ? (stop_key + KEY_ROWS - 1) / KEY_ROWS : work.first_tile;
+  return work;
 }
 
 // load
+
+struct alignas(32) WorkPlace : Work {};
+
+DEVICE WorkPlace* work_places(char* shared) { return reinterpret_cast<WorkPlace*>(shared + WORK_OFFSET); }
 
 // Bytes of a box that lie inside an array.
 DEVICE unsigned inside(int rows, int most_rows, int columns) {
@@ -155,9 +153,14 @@ DEVICE void load_queries(
     char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters, const Work& work,
     const Ring<QUERY_STAGES>& ring, ByteCounter& counter) {
   const Problem& problem = parameters.problem;
+  for (int group = 0; group < CONSUMERS; group++) wait(&barriers->q_empty[ring.stage][group], ring.parity ^ 1);
+  static_cast<Work&>(work_places(shared)[ring.stage]) = work;
   for (int group = 0; group < CONSUMERS; group++) {
     Barrier* full = &barriers->q_full[ring.stage][group];
-    wait(&barriers->q_empty[ring.stage][group], ring.parity ^ 1);
+    if (work.row == NO_ROW) {
+      arrive(full);
+      continue;
+    }
     arrive_expecting(full, QUERY_GROUP_BYTES);
     const int row = work.row + group * GROUP_ROWS, position = row / PACKED_HEADS;
     char* to = shared + ring.stage * QUERY_BYTES + group * QUERY_GROUP_BYTES;
@@ -166,7 +169,7 @@ DEVICE void load_queries(
           to + slab * QUERY_SLAB_BYTES, &parameters.q_map, full, Reuse::ONCE, slab * SLAB_COLUMNS, 0, position,
           work.head, work.batch);
     }
-    counter.add(inside(GROUP_ROWS, problem.q_len * PACKED_HEADS - row, problem.head_dim));
+    counter.add(inside(GROUP_ROWS, packed_rows(problem) - row, problem.head_dim));
   }
 }
 
@@ -186,9 +189,9 @@ DEVICE void load_keys(
 
 DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters) {
   const Problem& problem = parameters.problem;
-  const int matrices = matrices_of(problem), stop = tiles_of(problem);
+  const int stop = tiles_of(problem);
   ByteCounter q_bytes(parameters.counters + COUNT_Q), k_bytes(parameters.counters + COUNT_K);
-  ByteCounter v_bytes(parameters.counters + COUNT_V);
+  ByteCounter v_bytes(parameters.counters + COUNT_V), schedule_bytes(parameters.counters + COUNT_SCHEDULE);
   Ring<QUERY_STAGES> queries;
   Ring<STAGES> keys, values;
   const auto load_k = [&](const Work& work, int tile) {
@@ -204,9 +207,13 @@ DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters
         v_bytes);
     values.advance();
   };
-  Schedule schedule;
-  for (int index = schedule.next(); index < stop; index = schedule.next()) {
-    const Work work(problem, matrices, parameters.operand.heads, index);
+  for (int turn = blockIdx.x; turn < stop; turn += gridDim.x) {
+    int number = turn;
+    if (MASKED) {
+      schedule_bytes.add(4);
+      number = load_4_bytes(parameters.schedule + turn);
+    }
+    const Work work = work_of(problem, number);
     if (work.first_tile < work.stop_tile) load_k(work, work.first_tile);
     load_queries(shared, barriers, parameters, work, queries, q_bytes);
     queries.advance();
@@ -215,7 +222,8 @@ DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters
       load_v(work, tile);
     }
   }
-  q_bytes.flush(), k_bytes.flush(), v_bytes.flush();
+  load_queries(shared, barriers, parameters, {0, 0, NO_ROW, 0, 0}, queries, q_bytes);
+  q_bytes.flush(), k_bytes.flush(), v_bytes.flush(), schedule_bytes.flush();
 }
 
 // compute
@@ -301,23 +309,21 @@ DEVICE void round_probabilities(unsigned (&rounded_pairs)[SCORES / 2], const flo
 }
 
 // Start the scores of a tile.
-DEVICE void start_scores(float (&scores)[SCORES], unsigned q, unsigned k) {
+DEVICE void start_scores(float (&scores)[SCORES], unsigned long long q, unsigned long long k) {
 #pragma unroll
   for (int step = 0; step < COLUMNS / STEP; step++) {
     const int slab = step * STEP / SLAB_COLUMNS, within = step * STEP % SLAB_COLUMNS * static_cast<int>(sizeof(Stored));
     Product<Stored, KEY_ROWS, false>::start(
-        scores, describe_matrix(q + slab * QUERY_SLAB_BYTES + within, 0),
-        describe_matrix(k + slab * KEY_SLAB_BYTES + within, 0), step > 0);
+        scores, moved_on(q, slab * QUERY_SLAB_BYTES + within), moved_on(k, slab * KEY_SLAB_BYTES + within), step > 0);
   }
 }
 
 // Start to add the values of a tile, weighted by probabilities.
-DEVICE void start_values(float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], unsigned v, bool adds) {
+DEVICE void start_values(float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], unsigned long long v, bool adds) {
 #pragma unroll
   for (int step = 0; step < KEY_ROWS / STEP; step++) {
     Product<Stored, COLUMNS, true>::start(
-        out, probabilities + 4 * step, describe_matrix(v + step * STEP * SLAB_ROW_BYTES, KEY_SLAB_BYTES),
-        adds || step > 0);
+        out, probabilities + 4 * step, moved_on(v, step * STEP * SLAB_ROW_BYTES), adds || step > 0);
   }
 }
 
@@ -379,7 +385,7 @@ DEVICE void finish(
           warp_row / PACKED_HEADS, work.head, work.batch);
     }
     commit_stores();
-    out_bytes.add(inside(WARP_ROWS, problem.q_len * PACKED_HEADS - warp_row, problem.value_dim));
+    out_bytes.add(inside(WARP_ROWS, packed_rows(problem) - warp_row, problem.value_dim));
     wait_for_store_reads<0>();
   }
   __syncwarp();
@@ -388,19 +394,20 @@ DEVICE void finish(
 DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters) {
   const Problem& problem = parameters.problem;
   const Place place;
-  const int matrices = matrices_of(problem), stop = tiles_of(problem);
   const float scale_log2 = problem.scale_log2;
   ByteCounter out_bytes(parameters.counters + COUNT_OUT), lse_bytes(parameters.counters + COUNT_LSE);
-  const unsigned k = shared_address(shared) + K_OFFSET, v = shared_address(shared) + V_OFFSET;
+  const unsigned long long k = describe_matrix(shared_address(shared) + K_OFFSET, 0);
+  const unsigned long long v = describe_matrix(shared_address(shared) + V_OFFSET, KEY_SLAB_BYTES);
   const auto release = [&](Barrier* barrier) {
     if (place.lane == 0) arrive(barrier);
   };
   if (place.group == CONSUMERS - 1) end_turn(place.group);  // the first warpgroup begins
   Ring<QUERY_STAGES> queries;
   Ring<STAGES> keys, values;
-  Schedule schedule;
-  for (int index = schedule.next(); index < stop; index = schedule.next()) {
-    const Work work(problem, matrices, parameters.operand.heads, index);
+  for (;;) {
+    wait(&barriers->q_full[queries.stage][place.group], queries.parity);
+    const Work work = work_places(shared)[queries.stage];
+    if (work.row == NO_ROW) break;
     // Keys that the thread's rows see, and those that all rows of the warpgroup see
     const int group_row = work.row + place.group * GROUP_ROWS, shift = problem.kv_len - problem.q_len;
     int first_key[2], stop_key[2];
@@ -413,6 +420,7 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     const int first_full = (group_row + GROUP_ROWS - 1) / PACKED_HEADS + shift - problem.window_left;
     const int stop_full =
         MASKED ? min(problem.kv_len, group_row / PACKED_HEADS + shift + problem.window_right + 1) : problem.kv_len;
+    const int first_whole = (max(0, first_full) + KEY_ROWS - 1) / KEY_ROWS, stop_whole = max(0, stop_full) / KEY_ROWS;
     const auto hide_keys = [&](float (&scores)[SCORES], int tile) {
       const int key = tile * KEY_ROWS;
       if ((MASKED && key < first_full) || key + KEY_ROWS > stop_full) {
@@ -424,19 +432,17 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     };
 
     char* q_tile = shared + queries.stage * QUERY_BYTES + place.group * QUERY_GROUP_BYTES;
-    const unsigned q = shared_address(q_tile);
+    const unsigned long long q = describe_matrix(shared_address(q_tile), 0);
     SoftmaxState state = {{lowest(), lowest()}, {{0.0f, 0.0f}, {0.0f, 0.0f}}, {1.0f, 1.0f}};
-    float out[OUTPUTS];
-    wait(&barriers->q_full[queries.stage][place.group], queries.parity);
     if (work.first_tile == work.stop_tile) {
-#pragma unroll
-      for (int i = 0; i < OUTPUTS; i++) out[i] = 0.0f;
+      float out[OUTPUTS] = {};
+      finish(out, state, q_tile, parameters, work, place, out_bytes, lse_bytes);
     } else {
-      float scores[SCORES];
+      float out[OUTPUTS], scores[SCORES];
       unsigned probabilities[SCORES / 2];
       wait(&barriers->k_full[keys.stage], keys.parity);
       fence_products();
-      start_scores(scores, q, k + keys.stage * KEY_BYTES);
+      start_scores(scores, q, moved_on(k, keys.stage * KEY_BYTES));
       commit_products();
       wait_for_products<0>();
       release(&barriers->k_empty[keys.stage]);
@@ -444,38 +450,51 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
       hide_keys(scores, work.first_tile);
       update_softmax<true>(state, scores, scale_log2);
       round_probabilities(probabilities, scores);
+      if (work.first_tile + 1 < work.stop_tile) wait(&barriers->k_full[keys.stage], keys.parity);
 
-      for (int tile = work.first_tile + 1; tile < work.stop_tile; tile++) {
-        wait(&barriers->k_full[keys.stage], keys.parity);
+      const auto take_tile = [&](int tile, auto hides) {
+        constexpr bool HIDES = decltype(hides)::value;
         await_turn(place.group);
         fence_products();
-        start_scores(scores, q, k + keys.stage * KEY_BYTES);
+        start_scores(scores, q, moved_on(k, keys.stage * KEY_BYTES));
         commit_products();
         wait(&barriers->v_full[values.stage], values.parity);
-        start_values(out, probabilities, v + values.stage * KEY_BYTES, tile > work.first_tile + 1);
+        start_values(out, probabilities, moved_on(v, values.stage * KEY_BYTES), tile > work.first_tile + 1);
         commit_products();
         end_turn(place.group);
         wait_for_products<1>();
         release(&barriers->k_empty[keys.stage]);
         keys.advance();
-        hide_keys(scores, tile);
+        if constexpr (HIDES) hide_keys(scores, tile);
         update_softmax<false>(state, scores, scale_log2);
+        // The compiler moves no exponential past this wait, so that they overlap with the products under way.
+        settle(scores), settle(state.row_sum[0]), settle(state.row_sum[1]);
+        if (tile + 1 < work.stop_tile) wait(&barriers->k_full[keys.stage], keys.parity);
         wait_for_products<0>();
         release(&barriers->v_empty[values.stage]);
         values.advance();
         round_probabilities(probabilities, scores);
+        // Most tiles raise no maximum of a warp's rows: a correction by 1 changes no bit.
+        if (any_lane(state.correction[0] != 1.0f || state.correction[1] != 1.0f)) {
 #pragma unroll
-        for (int i = 0; i < OUTPUTS; i++) out[i] = __fmul_rn(out[i], state.correction[i / 2 % 2]);
+          for (int i = 0; i < OUTPUTS; i++) out[i] = __fmul_rn(out[i], state.correction[i / 2 % 2]);
+        }
+      };
+      int tile = work.first_tile + 1;
+      if (MASKED) {
+        for (; tile < min(work.stop_tile, first_whole); tile++) take_tile(tile, Constant<true>());
       }
+      for (; tile < min(work.stop_tile, stop_whole); tile++) take_tile(tile, Constant<false>());
+      for (; tile < work.stop_tile; tile++) take_tile(tile, Constant<true>());
       wait(&barriers->v_full[values.stage], values.parity);
       fence_products();
-      start_values(out, probabilities, v + values.stage * KEY_BYTES, work.first_tile + 1 < work.stop_tile);
+      start_values(out, probabilities, moved_on(v, values.stage * KEY_BYTES), work.first_tile + 1 < work.stop_tile);
       commit_products();
       wait_for_products<0>();
       release(&barriers->v_empty[values.stage]);
       values.advance();
+      finish(out, state, q_tile, parameters, work, place, out_bytes, lse_bytes);
     }
-    finish(out, state, q_tile, parameters, work, place, out_bytes, lse_bytes);
     release(&barriers->q_empty[queries.stage][place.group]);
     queries.advance();
   }

@@ -144,6 +144,8 @@ DEVICE void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
+DEVICE bool any_lane(bool condition) { return __any_sync(ALL_LANES, condition); }
+
 // Matrices of 8 x 8 numbers of 16 bits
 
 // Store four matrices: lane l gives the address of row l % 8 of matrix l / 8, and of each matrix its elements 2 (l % 4)
@@ -204,6 +206,13 @@ DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" 
 template <int PENDING>
 DEVICE void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Have numbers computed before what is waited for next.
+template <int COUNT>
+DEVICE void settle(float (&numbers)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(numbers[i])::"memory");
 }
 
 #define WGMMA_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -298,10 +307,16 @@ DEFINE_PRODUCTS(bfloat16, "bf16")
 #endif
 
 // Describe a matrix in shared memory for a product: slabs of rows, from a multiple of 16 columns or of 8 rows on. Rows
-// along the contracted axis' other side (Q, K): `next_slab` is not used, and 16 columns on is 2 more. Transposed (V):
-// `next_slab` bytes lie between slabs, and 16 rows on is 128 more.
+// along the contracted axis' other side (Q, K): `next_slab` is not used. Transposed (V): `next_slab` bytes lie between
+// slabs.
 DEVICE unsigned long long describe_matrix(unsigned address, unsigned next_slab) {
   const unsigned long long eight_rows = 8 * SLAB_ROW_BYTES;
   return static_cast<unsigned long long>((address & 0x3ffff) >> 4) |
          static_cast<unsigned long long>((next_slab & 0x3ffff) >> 4) << 16 | (eight_rows >> 4) << 32 | 1ull << 62;
+}
+
+// The same matrix some bytes further on; the address lies in the lower half.
+DEVICE unsigned long long moved_on(unsigned long long matrix, unsigned bytes) {
+  const unsigned low = static_cast<unsigned>(matrix) + (bytes >> 4);
+  return (matrix >> 32) << 32 | low;
 }
