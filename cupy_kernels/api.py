@@ -184,7 +184,7 @@ def _attention(
     given = given_lse = None
     if out is not None:
         given, given_lse = _outputs(out, return_lse)
-        taken = launch.taken(dict(zip(_INPUTS, addresses, strict=False)))
+        taken = launch.taken(addresses)
         for name, array in (("out", given), ("lse", given_lse)):
             if array is not None:
                 results[name] = output_array(name, array)
@@ -330,7 +330,7 @@ def _attention_backward(
         results = tuple(launch.empty(name) for name in names)
     else:
         results = tuple(output_array(name, array) for name, array in zip(names, gradients, strict=True))
-        taken = launch.taken(dict(zip(launch.inputs, addresses, strict=False)))
+        taken = launch.taken(addresses)
         for name, result in zip(names, results, strict=True):
             launch.check_output(name, result, taken)
     for name, result in zip(names, results, strict=True):

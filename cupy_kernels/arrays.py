@@ -157,10 +157,8 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...], item_bytes: int) ->
     return sum(step for step in steps if step < 0), sum(step for step in steps if step > 0) + item_bytes
 
 
-def check_output(
-    name: str, array: Any, shape: tuple[int, ...], dtype: Any, device: int, taken: Mapping[str, tuple[int, int]]
-) -> None:
-    """Raise unless a result can be written to an array.
+def check_output(name: str, array: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """Raise unless a result can be written to an array of this layout.
 
     Parameters
     ----------
@@ -168,26 +166,22 @@ def check_output(
         Name of the argument.
     array
         A CuPy array.
-    shape, dtype, device
+    shape, dtype
         What it must have.
-    taken
-        First byte and one past the last of the arrays it must not overlap, by name.
 
     Raises
     ------
     TypeError
         If its dtype is another.
     ValueError
-        If its shape or device is another, it is not C-contiguous, or it overlaps one of them.
+        If its shape is another or it is not C-contiguous.
     """
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}: expected {shape}")
     if array.dtype != dtype:
         raise TypeError(f"{name} has dtype {array.dtype}: expected {dtype}")
-    check_device(name, array.data.device_id, device)
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} has strides {array.strides} bytes: expected a C-contiguous array")
-    check_apart(name, array.data.ptr, array.data.ptr + array.nbytes, taken)
 
 
 def check_apart(name: str, start: int, stop: int, taken: Mapping[str, tuple[int, int]]) -> None:

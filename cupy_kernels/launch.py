@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from cupy_kernels import compiler
 from cupy_kernels.arrays import (
     check_apart,
+    check_device,
     check_output,
     check_pointer,
     check_strides,
@@ -168,9 +169,8 @@ class Launch:
         check_inputs(program, given)
         self.alignment = {array.name: row_alignment(program, array) for array in program.with_role("input")}
         self.extents = {
-            name: extent(given[name].shape, given[name].strides, array.numpy_dtype.itemsize)
-            for name, array in program.array.items()
-            if array.role == "input"
+            array.name: extent(given[array.name].shape, given[array.name].strides, array.numpy_dtype.itemsize)
+            for array in program.with_role("input")
         }
         self.inputs = tuple(self.alignment)
         self.no_addresses = (0,) * (len(program.arrays) - len(self.inputs))
@@ -183,6 +183,7 @@ class Launch:
         for step in self.steps:
             step.load(device, count_traffic=count_traffic)
         self._arrangements: dict[frozenset[str], _Arrangement] = {}
+        self._fitting: dict[tuple[Any, ...], tuple[int, int]] = {}  # bytes and alignment of results, by layout
         self._made = {
             array.name: (array.shape, array.numpy_dtype, array.row_elements if array.kind == "square" else 0)
             for array in program.arrays
@@ -198,15 +199,25 @@ class Launch:
 
     def check_output(self, name: str, result: Any, taken: dict[str, tuple[int, int]]) -> None:
         """Raise unless a result can be written to the caller's array, and add it to what is taken."""
-        array = self.program.array[name]
-        check_output(name, result, array.shape, array.numpy_dtype, self.device, taken)
-        check_pointer(name, result.data.ptr, row_alignment(self.program, array))
-        taken[name] = (result.data.ptr, result.data.ptr + result.nbytes)
+        described = (name, result.shape, result.strides, result.dtype)
+        if described not in self._fitting:
+            array = self.program.array[name]
+            check_output(name, result, array.shape, array.numpy_dtype)
+            self._fitting[described] = (result.nbytes, row_alignment(self.program, array))
+        size, alignment = self._fitting[described]
+        memory = result.data
+        check_device(name, memory.device_id, self.device)
+        start = memory.ptr
+        check_apart(name, start, start + size, taken)
+        check_pointer(name, start, alignment)
+        taken[name] = (start, start + size)
 
-    def taken(self, addresses: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-        """Return first byte and one past the last of the inputs at these addresses."""
-        return {name: (addresses[name] + self.extents[name][0], addresses[name] + self.extents[name][1])
-                for name in self.inputs}  # fmt: skip
+    def taken(self, addresses: Sequence[int]) -> dict[str, tuple[int, int]]:
+        """Return first byte and one past the last of the inputs at these addresses, which come first in a program."""
+        return {
+            name: (address + before, address + after)
+            for (name, (before, after)), address in zip(self.extents.items(), addresses, strict=False)
+        }
 
     def __call__(
         self, addresses: list[int], wanted: frozenset[str], workspace: Any, counted: CountedTraffic | None
@@ -229,7 +240,7 @@ class Launch:
             arrangement = self._arrangements[wanted] = _Arrangement(self.program, wanted)
         workspace_address = 0
         if workspace is not None:
-            taken = self.taken(dict(zip(self.inputs, addresses, strict=False)))
+            taken = self.taken(addresses)
             for array in self.program.arrays:
                 if array.role == "output" or array.name in wanted:
                     address = addresses[self.slot[array.name]]
@@ -248,19 +259,19 @@ class Launch:
         for slot, size in arrangement.unread:
             addresses[slot] = _spare_address(self.device, size)
         for step in self.steps:
-            filled = step.parameters.copy()  # one for each call: other threads launch at the same time
+            filled: Any = step.parameters.copy()  # one for each call: other threads launch at the same time
             counters = 0 if counted is None else counted.buffer(self.device, step.counters).data.ptr
-            step.write_addresses(filled.data, 0, *[addresses[slot] for slot in step.slots], counters)
+            step.write_addresses(filled, 0, *[addresses[slot] for slot in step.slots], counters)
             if step.maps:
                 maps = step.encoded_maps(*[addresses[slot] for slot in step.mapped_slots])
-                step.write_maps(filled.data, step.maps_offset, maps)
+                step.write_maps(filled, step.maps_offset, maps)
             step.function(step.grid, step.block, (filled,), step.shared_bytes)  # type: ignore[misc]
 
     def check_addresses(self, addresses: list[int]) -> None:
         """Raise a ValueError unless every input starts at an aligned address; inputs come first in a program."""
         together = 0
-        for slot in range(len(self.inputs)):
-            together |= addresses[slot]
+        for address in addresses[: len(self.inputs)]:
+            together |= address
         if together % self.strictest:
             for name, address in zip(self.inputs, addresses, strict=False):
                 check_pointer(name, address, self.alignment[name])
@@ -317,8 +328,9 @@ def _spare_address(device: int, size: int) -> int:
 
     The memory is never read and never given back, so that any stream and any captured graph may write to it.
     """
-    held = _spare.setdefault(device, [])
+    held = _spare.get(device)
     if not held or held[-1].size < size:
+        held = _spare.setdefault(device, [])
         with _spare_lock:
             if not held or held[-1].size < size:
                 larger = max(size, SMALLEST_SPARE_BYTES, 2 * held[-1].size if held else 0)
