@@ -27,7 +27,7 @@ from typing import Any
 
 from cupy_kernels import attention, attention_backward, compiler, default_plan
 from cupy_kernels.arrays import require_cupy
-from cupy_kernels.launch import checked_problem
+from cupy_kernels.launch import checked_problem, present_hardware
 from cupy_kernels.table import ALGORITHMS, DEFAULT_ALGORITHM, default_programs
 from cupy_kernels.verify import environment
 from simattn import AttentionProblem, count
@@ -64,8 +64,9 @@ SPIN_CYCLES = 2_000_000
 """Clock cycles that the device is kept busy before a contender is timed, in which the host queues its launches."""
 
 
+THROUGH_MEMORY = ("standard", "flash1")
 LONGEST_THROUGH_MEMORY = 4096
-"""Longest sequences that the algorithms other than the default one are timed on."""
+"""Longest sequences that the algorithms are timed on whose scores or outputs go through memory."""
 
 Contenders = dict[str, Callable[[int], object]]
 """What to time, by name; each is called with the number of the inputs to take."""
@@ -211,7 +212,7 @@ def our_contenders(shape: Shape, inputs: list[tuple[Any, ...]]) -> tuple[Contend
     arrays = dict(zip("qkv", inputs[0], strict=False))
     problem = checked_problem(arrays, causal=shape.causal, scale=None, window=None)
     described = {"batch": shape.batch, "heads": shape.heads, "q_len": shape.length, "head_dim": shape.head_dim}
-    results = tuple(cupy.empty_like(array) for array in inputs[0][:3])
+    results = tuple(cupy.ndarray(array.shape, array.dtype) for array in inputs[0][:3])
 
     def contender(algorithm: str, plan: Any) -> Callable[[int], object]:
         if shape.direction == "forward":
@@ -229,8 +230,11 @@ def our_contenders(shape: Shape, inputs: list[tuple[Any, ...]]) -> tuple[Contend
             plan=plan,
         )
 
-    for algorithm in ALGORITHMS:
-        if algorithm != DEFAULT_ALGORITHM and shape.length > LONGEST_THROUGH_MEMORY:
+    hardware = present_hardware(cupy.cuda.runtime.getDevice())
+    for algorithm, chosen in ALGORITHMS.items():
+        if algorithm in THROUGH_MEMORY and shape.length > LONGEST_THROUGH_MEMORY:
+            continue
+        if shape.direction not in chosen.programs or chosen.refusal(problem, hardware) is not None:
             continue
         for deterministic in (False, True) if shape.direction == "backward" else (False,):
             options: dict[str, Any] = {"algorithm": algorithm, "direction": shape.direction}

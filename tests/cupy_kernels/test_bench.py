@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fake_cupy
+import numpy as np
 import pytest
 
 from cupy_kernels import bench
+from cupy_kernels.table import ALGORITHMS
 
 MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements"
 
@@ -63,3 +66,22 @@ def test_an_earlier_run_is_read_and_drawn(tmp_path, capsys):
     assert "flash2 deterministic" in printed
     assert "fp32 peak measured on" in printed
     assert picture.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("length", [256, 2 * bench.LONGEST_THROUGH_MEMORY])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_algorithms_that_take_a_problem_are_timed(monkeypatch, direction, dtype, length):
+    shape = bench.Shape(direction, dtype, 64, length, causal=True, heads=1, tokens=length)
+    with fake_cupy.installed(monkeypatch):
+        cupy = bench.require_cupy()
+        inputs = [tuple(cupy.zeros((1, length, 1, 64), np.dtype(dtype)) for _ in range(4))]
+        contenders, counted = bench.our_contenders(shape, inputs)
+    expected = {name for name, item in ALGORITHMS.items() if direction in item.programs}
+    if dtype == "float32":
+        expected -= {"flash3"}
+    if length > bench.LONGEST_THROUGH_MEMORY:
+        expected -= set(bench.THROUGH_MEMORY)
+    if direction == "backward":
+        expected |= {"flash2 deterministic"}
+    assert set(contenders) == set(counted) == expected
