@@ -211,6 +211,12 @@ def _power(exponent: Any) -> Any:
     return float_of(types.int32(types.int32(exponent + 127) << 23))
 
 
+@numba.njit(cache=True)
+def _power64(exponent: Any) -> Any:
+    """Return 2^exponent, a normal float64."""
+    return float_of64((types.int64(exponent) + 1023) << 52)
+
+
 @numba.njit(cache=True, inline="always")
 def _higher(a: Any, b: Any, c: Any) -> Any:
     """Return max(a + b, c) of three int16."""
@@ -244,6 +250,7 @@ def _products(
     shift = fraction_bits + 2 - 2 * significand_bits
     largest = depth * unit * unit << shift if shift > 0 else depth << (fraction_bits + 2)
     fast = not to_float16 and largest < 1 << 31
+    least = max(FAST_LOWEST, types.int32(lowest_exponent))
     dropped = types.int64(-1) << (52 - kept_bits)
     for task in numba.prange(total.shape[0] * blocks):
         matrix, first = task // blocks, task % blocks * ROWS
@@ -275,7 +282,7 @@ def _products(
                 outside = 0
                 for column in range(columns):
                     e = types.int32(highest[column])
-                    clamped = min(max(e, FAST_LOWEST), FAST_HIGHEST)
+                    clamped = min(max(e, least), FAST_HIGHEST)
                     outside |= types.int32(e != clamped) & types.int32(e > NO_TERM)
                     scales[column] = _power(fraction_bits - clamped)
                     terms[column] = 0
@@ -295,13 +302,13 @@ def _products(
                         exact = types.float64(terms[column]) + types.float64(types.int32(before * scale))
                         kept = float_of64(bits_of64(exact) & dropped)
                         e = types.int32(highest[column])
-                        inside = e < NO_TERM or FAST_LOWEST <= e <= FAST_HIGHEST
+                        inside = e < NO_TERM or least <= e <= FAST_HIGHEST
                         sums[column] = types.float32(kept / types.float64(scale)) if inside else before
                     if outside == 0:
                         continue
                 for column in range(columns):
                     e = types.int32(highest[column])
-                    if fast and (e < NO_TERM or FAST_LOWEST <= e <= FAST_HIGHEST):
+                    if fast and (e < NO_TERM or least <= e <= FAST_HIGHEST):
                         continue
                     sums[column] = _dot_add(
                         left[left_of[matrix], row, start : start + depth],
@@ -359,20 +366,24 @@ def _dot_add(
         total += _shifted(_significand(c, e, 23), e - 23 - unit)
     if to_float16:
         return _nearest_float16(total, unit)
-    magnitude, spare = abs(total), 0
-    width = 0
-    while magnitude >> width:
-        width += 1
+    magnitude = abs(total)
+    width = _width(magnitude)
     # Bits below the last that is kept: of a normal number, and of float32's smallest one.
     spare = max(width - 1 - kept_bits, -149 - unit, 0)
     magnitude = magnitude >> spare << spare if spare < 63 else types.int64(0)
-    result = types.float32(np.ldexp(types.float64(magnitude), types.int32(unit)))
+    result = types.float32(types.float64(magnitude) * _power64(unit))
     return -result if total < 0 and magnitude else result
 
 
 @numba.njit(cache=True)
+def _width(magnitude: Any) -> Any:
+    """Return how many bits a number below 2^53 has."""
+    return (bits_of64(types.float64(magnitude)) >> 52) - 1022 if magnitude else types.int64(0)
+
+
+@numba.njit(cache=True)
 def _significand(value: Any, exponent: Any, fraction: Any) -> Any:
-    return types.int64(np.ldexp(types.float64(value), types.int32(fraction - exponent)))
+    return types.int64(types.float64(value) * _power64(types.int64(fraction) - types.int64(exponent)))
 
 
 @numba.njit(cache=True)
@@ -388,9 +399,8 @@ def _shifted(value: Any, places: Any) -> Any:
 @numba.njit(cache=True)
 def _nearest_float16(total: Any, unit: Any) -> Any:
     """Return total · 2^unit rounded to the nearest float16, ties to even."""
-    magnitude, width = abs(total), 0
-    while magnitude >> width:
-        width += 1
+    magnitude = abs(total)
+    width = _width(magnitude)
     spare = max(width - 11, -24 - unit, 0)
     if spare > 62:
         return types.float32(0)
@@ -398,7 +408,7 @@ def _nearest_float16(total: Any, unit: Any) -> Any:
     kept = magnitude >> spare
     if spare and (rest > half or (rest == half and kept & 1)):
         kept += 1
-    result = np.ldexp(types.float64(kept), types.int32(unit + spare))
+    result = types.float64(kept) * _power64(unit + spare)
     if result >= 65536:
         result = np.inf
     return types.float32(-result if total < 0 and kept else result)

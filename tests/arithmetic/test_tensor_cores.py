@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cupy_kernels.prove_tensor_cores import KINDS, SUMS, draw_operands, rounding_to
 from simattn.arithmetic import tensor_cores
-from simattn.arithmetic.formats import numpy_dtype
 from simattn.arithmetic.tensor_cores import DotAdd, add_products
 from simattn.testing import assert_same_bits
 
@@ -91,75 +91,27 @@ def model(a: Any, b: Any, c: Any, unit: DotAdd, seen: Any = None) -> Any:
 
 # Operands of every kind
 
-FORMATS: dict[str, tuple[DotAdd, Any]] = {
-    **{name: (unit, numpy_dtype(name)) for name, unit in tensor_cores.WGMMA.items()},
-    "tfloat32": (tensor_cores.TFLOAT32, np.dtype(np.float32)),
-    "float16 sum": (tensor_cores.FLOAT16_SUM, np.dtype(np.float16)),
-    "float8_e4m3fn mma": (
-        replace(tensor_cores.FLOAT8_E4M3, fraction_bits=25, kept_bits=23),
-        numpy_dtype("float8_e4m3fn"),
-    ),
+FORMATS: dict[str, tuple[DotAdd, str]] = {
+    **{name: (unit, name) for name, unit in tensor_cores.WGMMA.items()},
+    "tfloat32": (tensor_cores.TFLOAT32, "float32"),
+    "float16 sum": (tensor_cores.FLOAT16_SUM, "float16"),
+    "float8 mma": (replace(tensor_cores.FLOAT8_E4M3, fraction_bits=25, kept_bits=23), "float8_e4m3fn"),
 }
-KINDS = ("normal", "bits", "cancelling", "subnormal", "tiny", "huge", "zeros", "special", "wide")
 
 
-def stored(values: Any, name: str) -> Any:
-    """Round to the input format; float32 that holds its numbers."""
-    dtype = FORMATS[name][1]
-    with np.errstate(over="ignore", invalid="ignore"):
-        held = np.asarray(values).astype(dtype).astype(np.float32)
-    if name == "tfloat32":
-        held = (held.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
-    return held
-
-
-def random_bits(generator: np.random.Generator, shape: tuple[int, ...], name: str) -> Any:
-    """Finite numbers with uniform bits."""
-    dtype = FORMATS[name][1]
-    held = generator.integers(0, 1 << 8 * dtype.itemsize, shape).astype(f"u{dtype.itemsize}").view(dtype)
-    values = stored(held.astype(np.float32), name)
-    return np.where(np.isfinite(values), values, np.float32(1))
+def rounded_to_tfloat32(values: Any) -> Any:
+    return (values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def operands(kind: str, shape: tuple[int, int, int], name: str, number: int) -> tuple[Any, Any, Any]:
     """Draw a (rows, depth), b (depth, columns) and c (rows, columns)."""
-    generator = np.random.default_rng(number)
-    rows, depth, columns = shape
-    unit = FORMATS[name][0]
-    a, b = generator.standard_normal((rows, depth)), generator.standard_normal((depth, columns))
-    c = generator.standard_normal((rows, columns)) * (number % 3)
-    least = 2.0**unit.least_exponent
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        if kind == "bits":
-            a, b = random_bits(generator, a.shape, name), random_bits(generator, b.shape, name)
-        elif kind == "cancelling":
-            a[:, 1::2] = -a[:, : depth // 2 * 2 : 2] * (1 + 2.0**-7 * generator.integers(-1, 2, a[:, 1::2].shape))
-            b[1::2] = b[: depth // 2 * 2 : 2]
-        elif kind == "subnormal":
-            a *= least * 2.0 ** generator.integers(-9, 3, a.shape)
-            b *= 2.0 ** generator.integers(-3, 12, b.shape)
-        elif kind == "tiny":
-            a *= 2.0 ** (max(unit.least_exponent, -74) // 1) * 2.0 ** generator.integers(-3, 3, a.shape)
-            b *= 2.0 ** max(unit.least_exponent, -74) * 2.0 ** generator.integers(-3, 3, b.shape)
-            c *= 2.0 ** generator.integers(-149, -140, c.shape)
-        elif kind == "huge":
-            a *= 2.0 ** (-unit.least_exponent - 2)
-            b *= 2.0 ** generator.integers(-3, 4, b.shape)
-            c *= 2.0**126
-        elif kind == "zeros":
-            a *= generator.choice([0.0, -0.0, 1.0, -1.0], a.shape, p=[0.4, 0.4, 0.1, 0.1])
-            b *= generator.choice([0.0, -0.0, 1.0], b.shape, p=[0.4, 0.4, 0.2])
-            c *= generator.choice([0.0, -0.0, 1.0], c.shape)
-        elif kind == "wide":
-            a *= 2.0 ** generator.integers(-20, 20, a.shape)
-            b *= 2.0 ** generator.integers(-20, 20, b.shape)
-            c *= 2.0 ** generator.integers(-60, 60, c.shape)
-        elif kind == "special":
-            for array in (a, b, c):
-                places = generator.random(array.shape) < 0.02
-                array[places] = generator.choice([np.nan, np.inf, -np.inf], np.count_nonzero(places))
-        sums = c.astype(np.float16 if unit.rounding == "float16" else np.float32).astype(np.float32)
-    return stored(a, name), stored(b, name), sums
+    (unit, storage), (rows, depth, columns) = FORMATS[name], shape
+    rounded = rounded_to_tfloat32 if name == "tfloat32" else rounding_to(storage)
+    shapes = (rows, depth), (depth, columns), (rows, columns)
+    drawn = draw_operands(kind, SUMS[number % len(SUMS)], shapes, np.random.default_rng(number), unit, rounded)
+    with np.errstate(over="ignore", under="ignore"):
+        before = drawn.before.astype(np.float16 if unit.rounding == "float16" else np.float32)
+    return drawn.left, drawn.right, before.astype(np.float32)
 
 
 cases = st.tuples(
@@ -200,27 +152,51 @@ def test_each_product_has_the_matrices_it_is_given(case: Any, products: int) -> 
     assert_same_bits(total, np.stack(expected))
 
 
-WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "a fraction bit less": ("normal", {"fraction_bits": 24}, {}),
-    "a fraction bit more": ("normal", {"fraction_bits": 26}, {}),
-    "half the depth": ("normal", {"depth": 8}, {}),
-    "twice the depth": ("normal", {"depth": 32}, {}),
-    "rounding to nearest": ("normal", {}, {"rounding": nearest}),
-    "products renormalised": ("normal", {}, {"renormalised": True}),
-    "no floor of the exponent": ("tiny", {"lowest_exponent": -1000}, {}),
+@given(
+    case=cases,
+    depth=st.sampled_from([4, 8, 16, 32]),
+    bits=st.integers(20, 27),
+    kept=st.sampled_from([13, 22, 23]),
+    lowest=st.sampled_from([-133, -40, -1000]),
+)
+def test_every_parameter_is_that_of_the_definition(case: Any, depth: int, bits: int, kept: int, lowest: int) -> None:
+    kind, shape, number = case
+    changed = replace(tensor_cores.BFLOAT16, depth=depth, fraction_bits=bits, kept_bits=kept, lowest_exponent=lowest)
+    a, b, c = operands(kind, shape, "bfloat16", number)
+    assert_same_bits(model(a, b, c, changed), chain(a, b, c, changed))
+
+
+OTHER = {
+    "a fraction bit less": {"fraction_bits": 24},
+    "a fraction bit more": {"fraction_bits": 26},
+    "half the depth": {"depth": 8},
+    "twice the depth": {"depth": 32},
+    "a kept bit less": {"kept_bits": 22},
+    "no floor of the exponent": {"lowest_exponent": -1000},
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("other", OTHER)
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_other_parameters_give_other_bits(name: str, wrong: str) -> None:
-    kind, changes, other = WRONG[wrong]
-    if kind == "tiny" and name == "float16":
-        pytest.skip("products of float16 are never below the floor")
-    a, b, c = operands(kind, (24, 64, 24), name, 3)
+def test_other_parameters_give_other_bits(name: str, other: str) -> None:
     unit = FORMATS[name][0]
-    assert_same_bits(model(a, b, c, unit), chain(a, b, c, unit))
-    assert (model(a, b, c, unit) != chain(a, b, c, replace(unit, **changes), **other)).any()
+    kinds = {kind: operands(kind, (100, 128, 100), name, SUMS.index("normal")) for kind in ("normal", "tiny")}
+    found = {
+        kind
+        for kind, drawn in kinds.items()
+        if (model(*drawn, unit) != model(*drawn, replace(unit, **OTHER[other]))).any()
+    }
+    if other == "no floor of the exponent":  # products of float16 are never below it
+        assert found == ({"tiny"} if name == "bfloat16" else set())
+    else:
+        assert "normal" in found
+
+
+@pytest.mark.parametrize("other", [{"rounding": nearest}, {"renormalised": True}], ids=["nearest", "renormalised"])
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_other_rules_give_other_bits(name: str, other: dict[str, Any]) -> None:
+    a, b, c = operands("normal", (24, 64, 24), name, SUMS.index("normal"))
+    assert (model(a, b, c, FORMATS[name][0]) != chain(a, b, c, FORMATS[name][0], **other)).any()
 
 
 @given(case=cases, extra=st.integers(1, 40), name=st.sampled_from(["bfloat16", "float16"]))
