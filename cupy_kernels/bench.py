@@ -170,7 +170,7 @@ def host_costs() -> dict[str, Any]:
 
         tensors = [torch.from_dlpack(array) for array in small[:3]]
         calls["dlpack"] = lambda _turn: attention(*tensors)
-    costs: dict[str, Any] = {f"{name}_microseconds": 1e6 * host_seconds(call) for name, call in calls.items()}
+    costs: dict[str, Any] = {f"{name}_microseconds": 1e6 * seconds for name, seconds in host_seconds(calls).items()}
     problem = AttentionProblem(heads=2, kv_heads=1, q_len=256, head_dim=128, dtype="float32")
     kernels = {step.kernel for program in default_programs(problem) for step in program.steps}
     chosen = [kernel.variant(count_traffic=False) for kernel in kernels]
@@ -188,17 +188,21 @@ def host_costs() -> dict[str, Any]:
     return {**costs, "first_load_seconds": slowest, "cached_milliseconds": 1e3 * max(loads)}
 
 
-def host_seconds(call: Callable[[int], object], calls: int = 300) -> float:
-    """Return the time after which a call returns, the shortest mean of several series."""
+def host_seconds(calls: Contenders, repeats: int = 300) -> dict[str, float]:
+    """Return the time after which each call returns, the shortest mean of several series.
+
+    The series of the calls take turns, so that what else the host does for a while falls on all of them.
+    """
     cupy = require_cupy()
-    means = []
+    means: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(9):
-        cupy.cuda.Device().synchronize()
-        start = time.perf_counter()
-        for turn in range(calls):
-            call(turn)
-        means.append((time.perf_counter() - start) / calls)
-    return min(means)
+        for name, call in calls.items():
+            cupy.cuda.Device().synchronize()
+            start = time.perf_counter()
+            for turn in range(repeats):
+                call(turn)
+            means[name].append((time.perf_counter() - start) / repeats)
+    return {name: min(series) for name, series in means.items()}
 
 
 # Contenders

@@ -85,3 +85,12 @@ def test_the_algorithms_that_take_a_problem_are_timed(monkeypatch, direction, dt
     if direction == "backward":
         expected |= {"flash2 deterministic"}
     assert set(contenders) == set(counted) == expected
+
+
+def test_calls_of_the_host_are_timed_in_turn(monkeypatch):
+    called = []
+    with fake_cupy.installed(monkeypatch):
+        seconds = bench.host_seconds({"first": lambda _turn: called.append(1), "second": called.append}, repeats=2)
+    assert called == [1, 1, 0, 1] * 9
+    assert set(seconds) == {"first", "second"}
+    assert min(seconds.values()) > 0
