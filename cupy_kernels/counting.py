@@ -12,16 +12,19 @@ from contextvars import ContextVar
 from typing import Any
 
 from cupy_kernels.arrays import require_cupy
+from cupy_kernels.program import METADATA
 from simattn import ArrayTraffic, Traffic
 
 Counter = tuple[str, str]
-"""An array's name, and the counter of :class:`simattn.ArrayTraffic` that a number belongs to."""
+"""An array's name, and the counter of :class:`simattn.ArrayTraffic` that a number belongs to, or "metadata"."""
 
 
 def traffic_of(counters: Sequence[Counter], numbers: Sequence[int]) -> Traffic:
-    """Return what numbers count, by array."""
+    """Return what numbers count, by array, without metadata."""
     total = Traffic()
     for (array, counter), number in zip(counters, numbers, strict=True):
+        if counter == METADATA:
+            continue
         total = total + Traffic({array: ArrayTraffic(**{counter: number})})
     return total
 

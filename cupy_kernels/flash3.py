@@ -7,11 +7,16 @@ are.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
 from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.forward_tiles import too_large
-from cupy_kernels.parameters import Operand
 from cupy_kernels.parameters import check_plan as check_every_plan
-from cupy_kernels.program import Boxes, Kernel, Program, Step, forward_results, inputs, macros, program_of
+from cupy_kernels.program import Boxes, Kernel, Program, Step, forward_results, inputs, macros, program_of, table
 from simattn.algorithms.flash3 import Flash3Plan, is_masked
 from simattn.hardware import Hardware
 from simattn.plan import Plan, Tiles
@@ -46,13 +51,18 @@ SMALLEST_KEY_TILE, LARGEST_KEY_TILE, KEY_MULTIPLE = 64, 256, 16
 
 SLAB_COLUMNS, SLAB_ROW_BYTES = 64, 128
 STAGES = 2
-BARRIER_BYTES = 256
+BARRIER_BYTES, WORK_BYTES = 192, 32
+"""Shared memory for the barriers, and for each query tile's place."""
+
 WARP_ROWS = 16
 TURNS_COLUMNS = 128
 """Columns up to which the warpgroups issue their products in turns."""
 
 SECTION_BYTES = 32 << 20
 """Keys and values that are worked on at a time under a mask: what the L2 cache keeps beside the rest."""
+
+TILE_OVERHEAD = 1.5
+"""What a query tile costs besides the tiles of keys that it visits, in tiles of keys."""
 
 LARGEST_TILE_NUMBER = (1 << 31) - 1
 
@@ -144,7 +154,7 @@ def forward_kernel(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardwa
         ),
         threads=WARPGROUP * (groups + 1),
         shared_bytes=shared_bytes,
-        accesses=(("q", "r"), ("k", "r"), ("v", "r"), ("out", "w"), ("lse", "w")),
+        accesses=(("q", "r"), ("k", "r"), ("v", "r"), ("out", "w"), ("lse", "w"), ("schedule", "r")),
         boxes=(
             Boxes("q", GROUP_ROWS, packed),
             Boxes("k", tiles.kv),
@@ -155,35 +165,88 @@ def forward_kernel(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardwa
 
 
 def shared_bytes_of(columns: int, tiles: Tiles, query_stages: int) -> int:
-    """Return the shared memory of a thread block: slabs of queries, keys and values, and the barriers."""
+    """Return the shared memory of a thread block: slabs of queries, keys and values, barriers and places."""
     row_bytes = ceil_div(columns, SLAB_COLUMNS) * SLAB_ROW_BYTES
-    return (query_stages * tiles.q + 2 * STAGES * tiles.kv) * row_bytes + BARRIER_BYTES
+    slabs = (query_stages * tiles.q + 2 * STAGES * tiles.kv) * row_bytes
+    return slabs + BARRIER_BYTES + query_stages * WORK_BYTES
 
 
 def forward(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardware) -> Program:
     """Return the forward program: one kernel, whose thread blocks walk the query tiles."""
     check_plan(problem, plan)
     kernel = forward_kernel(problem, plan, hardware)
-    packed = plan.packed_heads
-    matrices = problem.batch * problem.heads // packed
-    tiles = matrices * ceil_div(problem.q_len * packed, plan.tiles.q)
-    # A thread block steps past the last tile by at most two turns.
-    if tiles + 2 * hardware.streaming_multiprocessors > LARGEST_TILE_NUMBER:
+    tiles = matrices_of(problem, plan) * tiles_of_matrix(problem, plan)
+    # A thread block steps past the last tile by at most one turn.
+    if tiles + hardware.streaming_multiprocessors > LARGEST_TILE_NUMBER:
         raise ValueError(f"{kernel.function} has {tiles} query tiles for this problem: expected fewer, a smaller batch")
-    step = Step(
-        kernel,
-        min(hardware.streaming_multiprocessors, tiles),
-        ("q", "k", "v", "out", "lse"),
-        Operand(heads=section_of(problem, packed, matrices)),
-    )
-    return program_of(problem, (*inputs(problem), *forward_results(problem)), [step])
+    blocks = min(hardware.streaming_multiprocessors, tiles)
+    scheduled = table("schedule", tiles if is_masked(problem) else 0)
+    arrays = (*inputs(problem), *forward_results(problem), scheduled)
+    step = Step(kernel, blocks, tuple(array.name for array in arrays))
+    return program_of(problem, arrays, [step], {"schedule": functools.partial(schedule, problem, plan, blocks)})
 
 
-def section_of(problem: AttentionProblem, packed_heads: int, matrices: int) -> int:
+# The order of query tiles
+
+
+def matrices_of(problem: AttentionProblem, plan: Flash3Plan) -> int:
+    """Return how many matrices of packed query rows there are."""
+    return problem.batch * (problem.heads // plan.packed_heads)
+
+
+def tiles_of_matrix(problem: AttentionProblem, plan: Flash3Plan) -> int:
+    """Return the query tiles of each."""
+    return ceil_div(problem.q_len * plan.packed_heads, plan.tiles.q)
+
+
+def key_tiles(problem: AttentionProblem, plan: Flash3Plan) -> npt.NDArray[np.int64]:
+    """Return how many tiles of keys each query tile of a matrix visits."""
+    packed, tiles = plan.packed_heads, plan.tiles
+    rows = np.arange(tiles_of_matrix(problem, plan), dtype=np.int64) * tiles.q
+    first = rows // packed
+    last = (np.minimum(rows + tiles.q, problem.q_len * packed) - 1) // packed
+    shift = problem.kv_len - problem.q_len
+    left, right = problem.window or (None, None)
+    right = 0 if problem.causal else right
+    first_key = np.zeros_like(rows) if left is None else np.maximum(0, first + shift - left)
+    stop_key = np.full_like(rows, problem.kv_len)
+    if right is not None:
+        stop_key = np.minimum(stop_key, last + shift + right + 1)
+    visited = -(-stop_key // tiles.kv) - first_key // tiles.kv
+    return np.where(first_key < stop_key, visited, 0)
+
+
+def schedule(problem: AttentionProblem, plan: Flash3Plan, blocks: int) -> npt.NDArray[np.int32]:
+    """Return the query tiles in the order in which thread blocks take them in turn, if there is a mask.
+
+    The L2 cache holds the keys and values of the matrices that are worked on at a time. Of these, the tiles that visit
+    most keys come first, and in each turn the blocks with the least work behind them take the longest.
+    """
+    if not is_masked(problem):
+        return np.zeros(0, np.int32)
+    matrices, costs = matrices_of(problem, plan), key_tiles(problem, plan)
+    section = section_of(problem, plan)
+    ordered: list[npt.NDArray[Any]] = []
+    descending = np.argsort(-costs, kind="stable")
+    for first in range(0, matrices, section):
+        present = np.arange(first, min(first + section, matrices))
+        ordered.append((present[None, :] * len(costs) + descending[:, None]).reshape(-1))
+    numbers = np.concatenate(ordered) if ordered else np.zeros(0, np.int64)
+    loads = np.zeros(blocks)
+    for start in range(0, len(numbers), blocks):
+        turn = numbers[start : start + blocks]
+        lightest = np.argsort(loads[: len(turn)], kind="stable")
+        longest = turn[np.argsort(-costs[turn % len(costs)], kind="stable")]
+        numbers[start + lightest] = longest
+        loads[lightest] += costs[longest % len(costs)] + TILE_OVERHEAD
+    return numbers.astype(np.int32)
+
+
+def section_of(problem: AttentionProblem, plan: Flash3Plan) -> int:
     """Return how many query matrices to work on at a time, so that the L2 cache holds their keys and values."""
     key_bytes = problem.kv_len * (problem.head_dim + problem.value_dim) * problem.item_bytes
     key_matrices = max(1, SECTION_BYTES // max(1, key_bytes))
-    return max(1, min(matrices, key_matrices * (problem.group_size // packed_heads)))
+    return min(matrices_of(problem, plan), key_matrices * (problem.group_size // plan.packed_heads))
 
 
 def is_deterministic(problem: AttentionProblem, plan: Plan) -> bool:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
+import numpy.typing as npt
+
 from cupy_kernels import compiler
 from cupy_kernels.arrays import (
     check_apart,
@@ -98,7 +100,7 @@ class _Launched:
         self.maps_offset = filled.itemsize - MAP_BYTES * len(self.maps)
         self.encoded_maps = lru_cache(maxsize=KEPT_MAPS)(self._encoded_maps)
         self.grid, self.block, self.shared_bytes = (step.blocks,), (kernel.threads,), kernel.shared_bytes
-        self.counters = step.counters
+        self.counters = program.counters(step)
         self.step, self.function = step, None
 
     def _encoded_maps(self, *addresses: int) -> bytes:
@@ -189,6 +191,10 @@ class Launch:
             for array in program.arrays
         }
         self.slot = {array.name: slot for slot, array in enumerate(program.arrays)}
+        self._tables = [
+            (self.slot[array.name], _table_on_device(program.tables[array.name]()))
+            for array in program.with_role("table")
+        ]
 
     def empty(self, name: str) -> Any:
         """Return a new array for a result, in the shape in which callers see it."""
@@ -258,6 +264,8 @@ class Launch:
                 addresses[slot] = base + offset
         for slot, size in arrangement.unread:
             addresses[slot] = _spare_address(self.device, size)
+        for slot, memory in self._tables:
+            addresses[slot] = memory.ptr
         for step in self.steps:
             filled: Any = step.parameters.copy()  # one for each call: other threads launch at the same time
             counters = 0 if counted is None else counted.buffer(self.device, step.counters).data.ptr
@@ -317,6 +325,15 @@ def _checked_workspace(workspace: Any, size: int, device: int, taken: Mapping[st
     check_pointer("workspace", address, WORKSPACE_ALIGNMENT)
     check_apart("workspace", address, address + size, taken)
     return address
+
+
+def _table_on_device(values: npt.NDArray[Any]) -> Any:
+    """Return memory outside the pool with these values, which any stream may read."""
+    cupy = require_cupy()
+    memory = cupy.cuda.Memory(max(1, values.nbytes))
+    if values.nbytes:
+        cupy.cuda.runtime.memcpy(memory.ptr, values.ctypes.data, values.nbytes, cupy.cuda.runtime.memcpyHostToDevice)
+    return memory
 
 
 _spare: dict[int, list[Any]] = {}

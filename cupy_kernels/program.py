@@ -6,26 +6,30 @@ The same program runs on a GPU and in the CPU build.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from cupy_kernels.compiler import Variant
 from cupy_kernels.parameters import Operand, struct_of
-from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype
+from simattn.arithmetic.formats import numpy_dtype
 from simattn.problem import AttentionProblem
 from simattn.sums import ceil_div
 
 Access = Literal["r", "w", "rw", "a"]
 """What a kernel does to an array: it reads it, writes it, both, or adds to it."""
 
-Role = Literal["input", "output", "saved", "workspace"]
+Role = Literal["input", "output", "saved", "workspace", "table"]
 Kind = Literal["matrix", "statistic", "square"]
 
 COUNTERS = {"r": "hbm_read_bytes", "w": "hbm_write_bytes", "a": "hbm_reduce_bytes"}
 """Counter of :class:`simattn.ArrayTraffic` by access."""
+
+METADATA = "metadata"
+"""Counter of what kernels read to know what to do, which is no traffic of the algorithm."""
 
 SQUARE_ROW_MULTIPLE = 8
 """Elements that the rows of a (query, key) matrix are a multiple of apart, so that they start at whole vectors."""
@@ -45,11 +49,11 @@ class Array:
         "matrix", shape (batch, rows, heads, columns); "statistic", one number a row, (batch, heads, rows); "square",
         (batch, heads, rows, columns) with rows padded to whole vectors.
     dtype
-        Storage format.
+        Storage format, or "int32" of a table.
     batch, heads, rows, columns
         Shape.
     role
-        Who brings or takes it.
+        Who brings or takes it; a "table" is filled once, when a launch is prepared.
     """
 
     name: str
@@ -78,7 +82,7 @@ class Array:
     @property
     def nbytes(self) -> int:
         """Bytes of the array, padding included."""
-        return self.batch * self.heads * self.rows * self.row_elements * ITEM_BYTES[self.dtype]
+        return self.batch * self.heads * self.rows * self.row_elements * self.numpy_dtype.itemsize
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -91,7 +95,7 @@ class Array:
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """Storage format as NumPy has it."""
-        return numpy_dtype(self.dtype)
+        return np.dtype(np.int32) if self.dtype == "int32" else numpy_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -197,15 +201,6 @@ class Step:
                 f"{MOST_BLOCKS}, a smaller batch or larger tiles"
             )
 
-    @property
-    def counters(self) -> tuple[tuple[str, str], ...]:
-        """Array and counter of each number that the instrumented kernel adds to."""
-        return tuple(
-            (array, COUNTERS[access])
-            for array, (_, accesses) in zip(self.arrays, self.kernel.accesses, strict=True)
-            for access in accesses
-        )
-
 
 @dataclass(frozen=True)
 class Program:
@@ -219,16 +214,27 @@ class Program:
         Every array, in the order in which callers name them.
     steps
         The launches; those without thread blocks are left out.
+    tables
+        What the arrays of that role are filled with, by name.
     """
 
     problem: AttentionProblem
     arrays: tuple[Array, ...]
     steps: tuple[Step, ...]
+    tables: Mapping[str, Callable[[], npt.NDArray[Any]]] = field(default_factory=dict)
 
     @functools.cached_property
     def array(self) -> Mapping[str, Array]:
         """The arrays by name."""
         return {array.name: array for array in self.arrays}
+
+    def counters(self, step: Step) -> tuple[tuple[str, str], ...]:
+        """Return array and counter of each number that a step's instrumented kernel adds to."""
+        return tuple(
+            (array, METADATA if self.array[array].role == "table" else COUNTERS[access])
+            for array, (_, accesses) in zip(step.arrays, step.kernel.accesses, strict=True)
+            for access in accesses
+        )
 
     def with_role(self, *roles: Role) -> tuple[Array, ...]:
         """Return the arrays that have one of these roles."""
@@ -253,9 +259,14 @@ class Program:
         )
 
 
-def program_of(problem: AttentionProblem, arrays: Iterable[Array], steps: Iterable[Step]) -> Program:
+def program_of(
+    problem: AttentionProblem,
+    arrays: Iterable[Array],
+    steps: Iterable[Step],
+    tables: Mapping[str, Callable[[], npt.NDArray[Any]]] | None = None,
+) -> Program:
     """Return a program of the steps that have something to do."""
-    return Program(problem, tuple(arrays), tuple(step for step in steps if step.blocks))
+    return Program(problem, tuple(arrays), tuple(step for step in steps if step.blocks), tables or {})
 
 
 # The arrays of attention
@@ -276,6 +287,11 @@ def key_matrix(problem: AttentionProblem, name: str, columns: int, role: Role, d
 def statistic(problem: AttentionProblem, name: str, role: Role) -> Array:
     """Return an array of one float32 number for every query of every head."""
     return Array(name, "statistic", "float32", problem.batch, problem.heads, problem.q_len, 1, role)
+
+
+def table(name: str, length: int) -> Array:
+    """Return an array of integers that tells kernels what to do."""
+    return Array(name, "statistic", "int32", 1, 1, length, 1, "table")
 
 
 def square(problem: AttentionProblem, name: str, role: Role) -> Array:

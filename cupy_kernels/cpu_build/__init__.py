@@ -29,6 +29,7 @@ from cupy_kernels.compiler import Variant
 from cupy_kernels.counting import traffic_of
 from cupy_kernels.parameters import parameters
 from cupy_kernels.program import Array, Kernel, Program, Step
+from cupy_kernels.tensor_map import TensorMap
 from simattn.traffic import Traffic
 
 Order = Literal["forward", "reverse", "random"]
@@ -328,10 +329,12 @@ def run_program(
                 f"{array.numpy_dtype}"
             )
         memory[array.name].values[...] = values
+    for name, values_of in program.tables.items():
+        memory[name].values[...] = values_of()
     traffic = Traffic()
     for step in program.steps:
         traffic = traffic + _run_step(program, step, memory, order, copies, seed, kernels)
-    results = {name: made.values.copy() for name, made in memory.items() if made.array.role != "input"}
+    results = {name: made.values.copy() for name, made in memory.items() if made.array.role not in ("input", "table")}
     return results, traffic
 
 
@@ -347,14 +350,19 @@ def _run_step(
     """Run one launch and return what it counted."""
     kernel, held = step.kernel, [memory[name] for name in step.arrays]
     strides = {name: array.element_strides for name, array in zip(kernel.names, held, strict=True)}
-    filled = parameters(kernel.names, program.problem, step.operand, strides)
-    counters = np.zeros(len(step.counters), np.uint64)
+    filled = parameters(kernel.names, program.problem, step.operand, strides, kernel.mapped)
+    counted = program.counters(step)
+    counters = np.zeros(len(counted), np.uint64)
     filled["counters"] = counters.ctypes.data
     records, flags = [], []
     for (name, access), array in zip(kernel.accesses, held, strict=True):
         filled[name] = array.address
         flags.append(np.zeros(array.nbytes, np.uint8) if "w" in access else None)
         records.append(array.record(array.array.name, access, flags[-1]))
+    for boxes in kernel.boxes:
+        array = held[kernel.names.index(boxes.name)]
+        described = TensorMap.of(array.array, boxes, strides[boxes.name])
+        filled[f"{boxes.name}_map"] = np.void(described.cpu_record(array.address))
     launch, message = loaded(build(kernel, kernels)), ctypes.create_string_buffer(512)
     with _launch_lock:
         succeeded = launch(
@@ -375,4 +383,4 @@ def _run_step(
     for (_, access), array, written in zip(kernel.accesses, held, flags, strict=True):
         if access == "w" and written is not None:
             array.check_written(written)
-    return traffic_of(step.counters, counters.tolist())
+    return traffic_of(counted, counters.tolist())

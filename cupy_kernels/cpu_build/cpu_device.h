@@ -93,7 +93,7 @@ struct Copy {
   int bytes;
 };
 
-enum class State { ready, at_barrier, at_warp, finished };
+enum class State { ready, waiting, at_barrier, at_warp, finished };
 
 struct Thread {
   ucontext_t context;
@@ -105,6 +105,9 @@ struct Thread {
   const void* operands;        // of this lane
   float given, taken;          // by a shuffle
   unsigned votes;              // taken part in
+  bool (*is_over)(const Thread&);  // whether what it waits for has come
+  const char* awaited;             // what that is
+  uint64_t which;                  // of its kind
   std::vector<Copy> open;                 // copies of no group yet
   std::vector<std::vector<Copy>> groups;  // groups under way, oldest first
 };
@@ -117,9 +120,11 @@ struct Block {
   size_t shared_bytes;
   ucontext_t scheduler;
   Thread* running;
+  Order order;
   Copies copies;
   uint64_t random_state;
   bool marks[3];  // of votes
+  unsigned barriers;  // of all threads, passed
   const Array* arrays;
   int array_count;
   void (*kernel)(const void*);
@@ -128,6 +133,16 @@ struct Block {
 };
 
 inline Block block;
+
+// What a header of further instructions does while a block runs.
+struct Extension {
+  void (*start_block)();
+  bool (*go_on)(bool starved);  // complete what is under way; all wait for something if starved; whether it did
+  void (*end_thread)();
+  void (*end_block)();
+};
+
+inline const Extension* extension = nullptr;
 
 constexpr size_t STACK_BYTES = 128 << 10;
 
@@ -281,6 +296,20 @@ inline void resolve_barrier() {
     }
     thread.state = State::ready;
   }
+  block.barriers++;
+}
+
+// Wait for something that other threads or the scheduler bring about.
+inline void wait_until(bool (*is_over)(const Thread&), const char* awaited, uint64_t which) {
+  Thread& thread = *block.running;
+  thread.is_over = is_over, thread.awaited = awaited, thread.which = which;
+  if (is_over(thread)) return;
+  thread.state = State::waiting;
+  return_to_scheduler();
+}
+
+inline bool can_run(const Thread& thread) {
+  return thread.state == State::ready || (thread.state == State::waiting && thread.is_over(thread));
 }
 
 // Whether any thread of the block says so, by what all of them meet together.
@@ -335,6 +364,7 @@ inline void fiber() {
   size_t unfinished = thread.open.size();
   for (const std::vector<Copy>& group : thread.groups) unfinished += group.size();
   if (unfinished) fail("ends with %zu copies under way", unfinished);
+  if (extension) extension->end_thread();
   thread.state = State::finished;
   return_to_scheduler();
 }
@@ -342,6 +372,7 @@ inline void fiber() {
 inline void start_block() {
   memset(block.shared.data(), POISON, block.shared.size() * sizeof(float4));
   memset(block.marks, 0, sizeof block.marks);
+  block.barriers = 0;
   for (size_t i = 0; i < block.threads.size(); i++) {
     Thread& thread = block.threads[i];
     thread.state = State::ready;
@@ -354,14 +385,19 @@ inline void start_block() {
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, fiber, 0);
   }
+  if (extension) extension->start_block();
 }
 
 inline void check_progress() {
   for (Thread& thread : block.threads) {
-    if (thread.state == State::ready) return;
+    if (can_run(thread)) return;
   }
   for (Thread& thread : block.threads) {
     block.running = &thread;
+    if (thread.state == State::waiting) {
+      return record("waits for %s %llu, which does not come", thread.awaited,
+                    static_cast<unsigned long long>(thread.which));
+    }
     if (thread.state == State::at_barrier) {
       return record("waits at the barrier of line %d, which others do not reach", thread.line);
     }
@@ -382,11 +418,12 @@ inline void check_guard() {
 // reverse order, so that they are as far apart as barriers let them; by chance in random order.
 inline bool goes_on(const Thread* lanes, Order order) {
   bool ready = false;
-  for (int lane = 0; lane < WARP_LANES; lane++) ready = ready || lanes[lane].state == State::ready;
+  for (int lane = 0; lane < WARP_LANES; lane++) ready = ready || can_run(lanes[lane]);
   return ready && (order == Order::reverse || (order == Order::random && next_random() % 4));
 }
 
 inline void run_block(Order order) {
+  block.order = order;
   start_block();
   const int warps = block.threads.size() / WARP_LANES;
   for (bool unfinished = true; unfinished;) {
@@ -395,7 +432,8 @@ inline void run_block(Order order) {
       Thread* lanes = &block.threads[warp * WARP_LANES];
       do {
         for (int lane : permutation(WARP_LANES, order)) {
-          if (lanes[lane].state != State::ready) continue;
+          if (!can_run(lanes[lane])) continue;
+          lanes[lane].state = State::ready;
           block.running = &lanes[lane];
           swapcontext(&block.scheduler, &block.running->context);
           if (block.message[0]) return;
@@ -406,12 +444,14 @@ inline void run_block(Order order) {
       } while (goes_on(lanes, order));
     }
     resolve_barrier();
-    if (!progressed) check_progress();
+    const bool completed = extension && extension->go_on(!progressed);
+    if (!progressed && !completed) check_progress();
     if (block.message[0]) return;
     for (const Thread& thread : block.threads) unfinished = unfinished || thread.state != State::finished;
   }
   block.running = &block.threads[0];
   check_guard();
+  if (extension && !block.message[0]) extension->end_block();
 }
 
 }  // namespace cpu

@@ -5,7 +5,9 @@
 
 template <class Parameters>
 void run_kernel(void (*kernel)(Parameters), const void* parameters) {
-  kernel(*static_cast<const Parameters*>(parameters));
+  alignas(Parameters) char aligned[sizeof(Parameters)];
+  memcpy(aligned, parameters, sizeof aligned);
+  kernel(*reinterpret_cast<const Parameters*>(aligned));
 }
 
 // Run the kernel; returns whether all went well, and otherwise writes what did not to `message`.

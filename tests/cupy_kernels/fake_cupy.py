@@ -6,6 +6,7 @@ launches.
 
 from __future__ import annotations
 
+import ctypes
 import types
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -151,6 +152,8 @@ def make_module():
         pointerGetAttributes=lambda pointer: types.SimpleNamespace(device=1),
         getDeviceProperties=lambda number: {"name": b"stand-in", "multiProcessorCount": 1},
         driverGetVersion=lambda: 0,
+        memcpy=lambda to, source, size, kind: ctypes.memmove(to, source, size),
+        memcpyHostToDevice=1,
     )
     stream = types.SimpleNamespace(synchronize=lambda: None)
     module.cuda = types.SimpleNamespace(
