@@ -57,6 +57,8 @@ EXAMPLES = 10
 """Differing inputs that are listed."""
 
 BLOCKS, THREADS = 1024, 256
+RANGE = np.dtype([("results", np.uint64), ("first", np.uint32), ("count", np.uint32)])
+"""``RangeParameters`` of ``special_functions.cu``."""
 
 
 # The fit
@@ -124,7 +126,7 @@ def _fit_row(where: str, slopes: Values, curves: Values, least: Values, greatest
 
     Least squares through the middle of what each sum may be come within one of the integers.
     """
-    weights = 1.0 / (greatest - least)
+    weights = 1.0 / (greatest - least + 1)
     columns = np.stack([np.ones(len(slopes)), slopes, curves], axis=1)
     sizes = np.abs(columns).max(axis=0)
     middle = least / 2 + greatest / 2
@@ -198,15 +200,20 @@ def compare_all(name: str, table: Table, source: Source) -> dict[str, Any]:
     return {"inputs": INPUTS, "differing_inputs": differing, "examples": examples, "seconds": seconds}
 
 
+def variant_of(name: str) -> Variant:
+    """Return the kernel that computes a function."""
+    return Variant("special_functions.cu", "special_function", (("FUNCTION", DEVICE_NAMES[name]),))
+
+
 def device_source(name: str) -> Source:
     """Return the function as CuPy's current device computes it."""
     import cupy
 
-    kernel = compiler.load(Variant("special_functions.cu", "special_function", (("FUNCTION", DEVICE_NAMES[name]),)))
+    kernel = compiler.load(variant_of(name))
 
     def results(first: int, count: int) -> Values:
         computed = cupy.empty(count, cupy.uint32)
-        kernel((BLOCKS,), (THREADS,), (computed, np.uint32(first), np.uint32(count)))
+        kernel((BLOCKS,), (THREADS,), (np.array([(computed.data.ptr, first, count)], RANGE),), 0)
         held: Values = computed.get()
         return held
 

@@ -37,6 +37,14 @@ Values = npt.NDArray[Any]
 ROWS, DEPTH, THREADS = 64, 128, 128
 """Of ``tensor_core_proof.cu``."""
 
+PARAMETERS = np.dtype(
+    [
+        *((name, np.uint64) for name in ("left", "right", "before", "after")),
+        *((name, np.int32) for name in ("matrices", "adds")),
+    ]
+)
+"""``ProofParameters`` of it."""
+
 STORAGE_TYPES = ("bfloat16", "float16")
 WGMMA_COLUMNS = (64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)
 MMA_COLUMNS = 64
@@ -259,10 +267,12 @@ def on_device(instruction: Instruction, operands: Operands, *, adds: bool) -> Va
     left_bits, right_bits = (
         cupy.asarray(np.ascontiguousarray(array.astype(stored)).view(np.uint16)) for array in (operands.left, right)
     )
-    after = cupy.full((matrices * matrices, *operands.before.shape[1:]), np.nan, cupy.float32)
+    after = cupy.empty((matrices * matrices, *operands.before.shape[1:]), cupy.float32)
     kernel = compiler.load(instruction.variant, dynamic_shared_bytes=instruction.shared_bytes)
-    arguments = (left_bits, right_bits, cupy.asarray(operands.before), after, np.int32(matrices), np.int32(adds))
-    kernel((matrices * matrices,), (THREADS,), arguments, instruction.shared_bytes)
+    before = cupy.asarray(operands.before)
+    addresses = [array.data.ptr for array in (left_bits, right_bits, before, after)]
+    parameters = np.array([(*addresses, matrices, adds)], PARAMETERS)
+    kernel((matrices * matrices,), (THREADS,), (parameters,), instruction.shared_bytes)
     found: Values = after.get()
     return found
 

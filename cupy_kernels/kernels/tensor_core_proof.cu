@@ -23,6 +23,16 @@ constexpr int STEPS = DEPTH / STEP;
 constexpr int THREADS = 128;
 constexpr int SUMS = COLUMNS / 2;  // of a thread
 
+// Product b is that of left matrix b / matrices and right matrix b % matrices, added to the sums of number
+// (b / matrices + b % matrices) % matrices, or to none.
+struct ProofParameters {
+  const Stored* left;
+  const Stored* right;
+  const float* before;
+  float* after;
+  int matrices, adds;
+};
+
 // Where a thread's numbers are: rows `row` and 8 further on, columns 2 * quad and the next of every eight.
 struct Place {
   int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
@@ -31,7 +41,7 @@ struct Place {
 
 // Two neighbours of a matrix whose rows have DEPTH columns.
 DEVICE unsigned pair_at(const Stored* matrix, int row, int column) {
-  return *reinterpret_cast<const unsigned*>(matrix + row * DEPTH + column);
+  return load_4_bytes(matrix + row * DEPTH + column);
 }
 
 DEVICE void load_left(unsigned (&left)[4], const Stored* matrix, const Place& place, int step) {
@@ -42,6 +52,10 @@ DEVICE void load_left(unsigned (&left)[4], const Stored* matrix, const Place& pl
 }
 
 #if BY_WARP
+
+constexpr int SHARED_BYTES = 0;
+
+static_assert(SHARED_BYTES == 0 && !RIGHT_TRANSPOSED && LEFT_IN_REGISTERS, "matrices come from memory");
 
 DEVICE void multiply(float (&sums)[SUMS], const Stored* left, const Stored* right, const Place& place, bool adds) {
   for (int step = 0; step < STEPS; step++) {
@@ -66,6 +80,9 @@ constexpr int LEFT_SLAB = ROWS * SLAB_ROW_BYTES;
 constexpr int LEFT_BYTES = DEPTH / SLAB_COLUMNS * LEFT_SLAB;
 constexpr int RIGHT_ROWS = RIGHT_TRANSPOSED ? DEPTH : COLUMNS, RIGHT_COLUMNS = RIGHT_TRANSPOSED ? COLUMNS : DEPTH;
 constexpr int RIGHT_SLAB = RIGHT_ROWS * SLAB_ROW_BYTES;
+constexpr int SHARED_BYTES = LEFT_BYTES + (RIGHT_COLUMNS + SLAB_COLUMNS - 1) / SLAB_COLUMNS * RIGHT_SLAB;
+
+static_assert(SHARED_BYTES <= 232448, "shared memory of a multiprocessor");
 
 // Copy a matrix to slabs in shared memory, its chunks of 16 bytes in swizzled places.
 template <int COPIED_ROWS, int COPIED_COLUMNS>
@@ -75,7 +92,7 @@ DEVICE void place_matrix(char* shared, const Stored* matrix) {
     const int row = index / CHUNKS, chunk = index % CHUNKS;
     const int slab = chunk / 8, swizzled = chunk % 8 ^ row % 8;
     char* to = shared + slab * COPIED_ROWS * SLAB_ROW_BYTES + row * SLAB_ROW_BYTES + 16 * swizzled;
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(matrix + row * COPIED_COLUMNS + 8 * chunk);
+    *reinterpret_cast<Four*>(to) = load_16_bytes(matrix + row * COPIED_COLUMNS + 8 * chunk);
   }
 }
 
@@ -110,22 +127,20 @@ DEVICE void multiply(float (&sums)[SUMS], const Stored* left, const Stored* righ
 
 #endif
 
-// Compute product b of left matrix b / matrices, right matrix b % matrices and the sums of number
-// (b / matrices + b % matrices) % matrices, or none.
-extern "C" __global__ void __launch_bounds__(THREADS) prove_products(
-    const Stored* left, const Stored* right, const float* before, float* after, int matrices, int adds) {
+extern "C" __global__ void __launch_bounds__(THREADS) prove_products(ProofParameters parameters) {
   const Place place;
-  const int first = blockIdx.x / matrices, second = blockIdx.x % matrices;
-  before += (first + second) % matrices * ROWS * COLUMNS;
-  after += static_cast<long long>(blockIdx.x) * ROWS * COLUMNS;
+  const int first = blockIdx.x / parameters.matrices, second = blockIdx.x % parameters.matrices;
+  const float* before = parameters.before + (first + second) % parameters.matrices * ROWS * COLUMNS;
+  float* after = parameters.after + static_cast<long long>(blockIdx.x) * ROWS * COLUMNS;
+  const auto offset = [&](int i) {
+    return (place.row + i / 2 % 2 * 8) * COLUMNS + i / 4 * 8 + 2 * place.quad + i % 2;
+  };
   float sums[SUMS];
 #pragma unroll
-  for (int i = 0; i < SUMS; i++) {
-    sums[i] = before[(place.row + i / 2 % 2 * 8) * COLUMNS + i / 4 * 8 + 2 * place.quad + i % 2];
-  }
-  multiply(sums, left + first * ROWS * DEPTH, right + second * DEPTH * COLUMNS, place, adds);
+  for (int i = 0; i < SUMS; i++) sums[i] = float_of_bits(load_4_bytes(before + offset(i)));
+  multiply(
+      sums, parameters.left + first * ROWS * DEPTH, parameters.right + second * DEPTH * COLUMNS, place,
+      parameters.adds);
 #pragma unroll
-  for (int i = 0; i < SUMS; i++) {
-    after[(place.row + i / 2 % 2 * 8) * COLUMNS + i / 4 * 8 + 2 * place.quad + i % 2] = sums[i];
-  }
+  for (int i = 0; i < SUMS; i++) store_4_bytes(after + offset(i), bits_of_float(sums[i]));
 }
