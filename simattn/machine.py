@@ -206,6 +206,17 @@ class Machine:
             total[array.role] = total.get(array.role, 0) + size
         return total
 
+    def take_over(self, other: Machine) -> None:
+        """Add what another machine counted, and whatever of its tiles was larger."""
+        for name, counts in other._counters.items():
+            mine = self._counters.setdefault(name, dict.fromkeys(COUNTERS, 0))
+            for counter, count in counts.items():
+                mine[counter] += count
+        for name, count in vars(other.operations).items():
+            self._operations[name] += count
+        for place, used in other.peak_bytes.items():
+            self.peak_bytes[place] = max(self.peak_bytes[place], used)
+
     # Memory arrays
 
     def array(

@@ -239,6 +239,9 @@ class Visibility:
         Columns seen on either side; None is no limit.
     blocks
         The block-sparse mask, its rows along the rows of this object.
+    packed
+        Adjacent rows that stand at one position, in place of one; tiles of rows are multiples of it. Without a
+        block-sparse mask.
     """
 
     rows: int
@@ -247,10 +250,12 @@ class Visibility:
     before: int | None
     after: int | None
     blocks: BlockMask | None = None
+    packed: int = 1
 
     @cached_property
     def transposed(self) -> Visibility:
-        """The same relation, seen from the columns."""
+        """The same relation, seen from the columns; of rows that are not packed."""
+        assert self.packed == 1
         return Visibility(
             rows=self.columns,
             columns=self.rows,
@@ -262,6 +267,7 @@ class Visibility:
 
     def interval(self, start: int, stop: int) -> tuple[int, int]:
         """Return the half-open range of columns that the band shows to any of the rows start … stop-1."""
+        start, stop = start // self.packed, ceil_div(stop, self.packed)
         low = 0 if self.before is None else max(0, start + self.shift - self.before)
         high = self.columns if self.after is None else min(self.columns, stop + self.shift + self.after)
         return (low, high) if start < stop and low < high else (0, 0)
@@ -295,11 +301,11 @@ class Visibility:
         return band & stored
 
     def _band_elements(self, start: int, stop: int, columns: Rows) -> npt.NDArray[np.bool_] | None:
-        last_low = 0 if self.before is None else stop - 1 + self.shift - self.before
-        first_high = self.columns - 1 if self.after is None else start + self.shift + self.after
+        last_low = 0 if self.before is None else (stop - 1) // self.packed + self.shift - self.before
+        first_high = self.columns - 1 if self.after is None else start // self.packed + self.shift + self.after
         if last_low <= columns.start and columns.stop - 1 <= first_high:
             return None
-        position = np.arange(start, stop)[:, None] + self.shift
+        position = np.arange(start, stop)[:, None] // self.packed + self.shift
         column = np.arange(columns.start, columns.stop)[None, :]
         seen = np.ones((stop - start, columns.stop - columns.start), dtype=np.bool_)
         if self.before is not None:
@@ -358,7 +364,7 @@ class Visibility:
         """
         if column_stop <= column_start:
             return 0, 0
-        tile, size = rows.tile, rows.size
+        tile, size = rows.tile // self.packed, rows.size // self.packed
         low_intercept = None if self.before is None else self.shift - self.before
         high_intercept = None if self.after is None else size + self.shift + self.after
         if low_intercept is not None:  # low(i) < column_stop

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -165,6 +165,53 @@ class AttentionProblem:
             blocks = np.repeat(mask.to_array(), mask.q_block, axis=0).repeat(mask.kv_block, axis=1)
             seen &= blocks[: self.q_len, : self.kv_len]
         return seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedProblem(AttentionProblem):
+    """A problem whose rows are those of several query heads of a KV head, position by position.
+
+    ``heads`` are packed heads, and ``q_len`` is their rows.
+
+    Attributes
+    ----------
+    packed_heads
+        Query heads in each.
+    """
+
+    packed_heads: int = 1
+
+    @classmethod
+    def of(cls, problem: AttentionProblem, packed_heads: int) -> PackedProblem:
+        """Pack the heads of a problem.
+
+        Raises
+        ------
+        ValueError
+            If their number does not divide the query heads of a KV head, or there is a block mask.
+        """
+        if problem.group_size % packed_heads:
+            raise ValueError(
+                f"packed_heads={packed_heads}: expected a divisor of the {problem.group_size} query heads of a KV head"
+            )
+        if problem.block_mask is not None:
+            raise ValueError(f"packed_heads={packed_heads} with a block_mask: expected 1")
+        given = {item.name: getattr(problem, item.name) for item in fields(problem)}
+        given |= {"heads": problem.heads // packed_heads, "q_len": problem.q_len * packed_heads}
+        return cls(**given, packed_heads=packed_heads)
+
+    @cached_property
+    def keys_of_queries(self) -> Visibility:
+        """Which keys each packed row sees."""
+        left, right = self.window or (None, None)
+        return Visibility(
+            rows=self.q_len,
+            columns=self.kv_len,
+            shift=self.kv_len - self.q_len // self.packed_heads,
+            before=left,
+            after=0 if self.causal else right,
+            packed=self.packed_heads,
+        )
 
 
 def checked_integer(name: str, value: Any, smallest: int) -> int:

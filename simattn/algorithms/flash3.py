@@ -6,14 +6,16 @@ inputs are taken forward. Bytes between memory and multiprocessor are those of F
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from simattn.algorithms import flash2
+from simattn.algorithms import flash2, forms
 from simattn.algorithms.algorithm import Algorithm
 from simattn.hardware import Hardware
+from simattn.machine import Machine, Values
 from simattn.plan import Direction, PlanKind, Tiles, candidates
-from simattn.problem import AttentionProblem, checked_integer
+from simattn.problem import AttentionProblem, PackedProblem, checked_integer
+from simattn.traffic import ArrayTraffic, Traffic
 
 # Config and validation
 
@@ -36,17 +38,81 @@ class Flash3Plan(flash2.Flash2Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checked_integer("packed_heads", self.packed_heads, 1)
+        packed = checked_integer("packed_heads", self.packed_heads, 1)
+        if self.tiles.q % packed:
+            raise ValueError(f"packed_heads={packed} does not divide tiles.q={self.tiles.q}")
+        if packed > 1 and self.repeat_kv:
+            raise ValueError(f"packed_heads={packed} with repeat_kv=True: expected keys that the heads share")
 
 
 # Tiled program
 
-forward = flash2.forward
+
+def forward(machine: Machine, problem: AttentionProblem, plan: Flash3Plan) -> None:
+    """FlashAttention-2's program, of query heads whose rows share tiles if the plan packs them."""
+    packed = plan.packed_heads
+    if packed == 1:
+        flash2.forward(machine, problem, plan)
+        return
+    rows = PackedProblem.of(problem, packed)
+    inner = Machine(rows, machine.sram_bytes, machine.register_bytes, machine.arithmetic)
+    for array in machine.arrays.values():
+        values = array.values
+        if values is not None and array.heads == "query":
+            values = packed_rows(values, packed)
+        rows_of_one = rows.q_len if array.heads == "query" else array.rows
+        inner.array(
+            array.name,
+            rows_of_one,
+            array.columns,
+            dtype=array.dtype,
+            heads=array.heads,
+            role=array.role,
+            values=values,
+        )
+    flash2.forward(inner, rows, plan)
+    for name in ("out", "lse"):
+        made = inner.arrays[name]
+        values = None if made.values is None else unpacked_rows(made.values, packed)
+        machine.array(name, problem.q_len, made.columns, dtype=made.dtype, role=made.role, values=values)
+    machine.take_over(inner)
+
+
+def packed_rows(values: Values, packed: int) -> Values:
+    """Return the rows of heads (streams, heads, rows, columns) that follow one another, position by position."""
+    streams, heads, rows, columns = values.shape
+    split = values.reshape(streams, heads // packed, packed, rows, columns).swapaxes(2, 3)
+    return split.reshape(streams, heads // packed, rows * packed, columns)
+
+
+def unpacked_rows(values: Values, packed: int) -> Values:
+    """Return the rows head by head again."""
+    streams, heads, rows, columns = values.shape
+    split = values.reshape(streams, heads, rows // packed, packed, columns).swapaxes(2, 3)
+    return split.reshape(streams, heads * packed, rows // packed, columns)
+
+
 backward = flash2.backward
 
 # Closed form
 
-closed_form_forward = flash2.closed_form_forward
+
+def closed_form_forward(problem: AttentionProblem, plan: Flash3Plan) -> Traffic:
+    """FlashAttention-2's, with K and V loaded once for the packed heads of a tile of fewer positions."""
+    packed = plan.packed_heads
+    positions = replace(plan, tiles=replace(plan.tiles, q=plan.tiles.q // packed), packed_heads=1)
+    each = flash2.closed_form_forward(problem, positions)
+    shared = {name for name in each.by_array if name in forms.key_names(plan) or name.endswith("_descale")}
+    return Traffic(
+        {
+            name: ArrayTraffic(
+                **{counter: count // packed if name in shared else count for counter, count in vars(counts).items()}
+            )
+            for name, counts in each.by_array.items()
+        }
+    )
+
+
 closed_form_backward = flash2.closed_form_backward
 
 # Plans
