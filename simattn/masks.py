@@ -239,9 +239,8 @@ class Visibility:
         Columns seen on either side; None is no limit.
     blocks
         The block-sparse mask, its rows along the rows of this object.
-    packed
-        Adjacent rows that stand at one position, in place of one; tiles of rows are multiples of it. Without a
-        block-sparse mask.
+    packed, spread
+        Adjacent rows that stand at one position, and columns; one of them is 1. Without a block-sparse mask.
     """
 
     rows: int
@@ -251,11 +250,11 @@ class Visibility:
     after: int | None
     blocks: BlockMask | None = None
     packed: int = 1
+    spread: int = 1
 
     @cached_property
     def transposed(self) -> Visibility:
-        """The same relation, seen from the columns; of rows that are not packed."""
-        assert self.packed == 1
+        """The same relation, seen from the columns."""
         return Visibility(
             rows=self.columns,
             columns=self.rows,
@@ -263,13 +262,17 @@ class Visibility:
             before=self.after,
             after=self.before,
             blocks=None if self.blocks is None else self.blocks.transposed,
+            packed=self.spread,
+            spread=self.packed,
         )
 
     def interval(self, start: int, stop: int) -> tuple[int, int]:
         """Return the half-open range of columns that the band shows to any of the rows start … stop-1."""
         start, stop = start // self.packed, ceil_div(stop, self.packed)
-        low = 0 if self.before is None else max(0, start + self.shift - self.before)
-        high = self.columns if self.after is None else min(self.columns, stop + self.shift + self.after)
+        low = 0 if self.before is None else max(0, (start + self.shift - self.before) * self.spread)
+        high = self.columns
+        if self.after is not None:
+            high = min(self.columns, (stop + self.shift + self.after) * self.spread)
         return (low, high) if start < stop and low < high else (0, 0)
 
     def column_tiles(self, rows: Rows, index: int, column_tile: int) -> tuple[int, int]:
@@ -303,10 +306,11 @@ class Visibility:
     def _band_elements(self, start: int, stop: int, columns: Rows) -> npt.NDArray[np.bool_] | None:
         last_low = 0 if self.before is None else (stop - 1) // self.packed + self.shift - self.before
         first_high = self.columns - 1 if self.after is None else start // self.packed + self.shift + self.after
-        if last_low <= columns.start and columns.stop - 1 <= first_high:
+        first_column, last_column = columns.start // self.spread, (columns.stop - 1) // self.spread
+        if last_low <= first_column and last_column <= first_high:
             return None
         position = np.arange(start, stop)[:, None] // self.packed + self.shift
-        column = np.arange(columns.start, columns.stop)[None, :]
+        column = np.arange(columns.start, columns.stop)[None, :] // self.spread
         seen = np.ones((stop - start, columns.stop - columns.start), dtype=np.bool_)
         if self.before is not None:
             seen &= column >= position - self.before
@@ -360,13 +364,16 @@ class Visibility:
     ) -> tuple[int, int]:
         """Count visits of the row tiles first … stop-1 inside a range of columns: all, and of the clipped one.
 
-        Row tile i sees the columns low(i) … high(i)-1, both linear in i, clamped to the range.
+        Row tile i sees the columns low(i) … high(i)-1, both clamped to the range; of packed rows, so many times them
+        are linear in i, rounded down and up.
         """
         if column_stop <= column_start:
             return 0, 0
-        tile, size = rows.tile // self.packed, rows.size // self.packed
-        low_intercept = None if self.before is None else self.shift - self.before
-        high_intercept = None if self.after is None else size + self.shift + self.after
+        packed, step = self.packed, self.packed * self.spread
+        tile, size, divisor = self.spread * rows.tile, self.spread * rows.size, packed * column_tile
+        column_start, column_stop = packed * column_start, packed * column_stop
+        low_intercept = None if self.before is None else step * (self.shift - self.before)
+        high_intercept = None if self.after is None else size + step * (self.shift + self.after)
         if low_intercept is not None:  # low(i) < column_stop
             stop = min(stop, ceil_div(column_stop - low_intercept, tile))
         if high_intercept is not None:  # high(i) > column_start
@@ -374,17 +381,17 @@ class Visibility:
         if stop <= first:
             return 0, 0
         if high_intercept is None:
-            ends = (stop - first) * ceil_div(column_stop, column_tile)
+            ends = (stop - first) * ceil_div(column_stop, divisor)
         else:
-            up = column_tile - 1
+            up = divisor - packed
             ends = clamped_floor_sum(
-                first, stop, tile, high_intercept + up, column_start + up, column_stop + up, column_tile
+                first, stop, tile, high_intercept + packed - 1 + up, column_start + up, column_stop + up, divisor
             )
         if low_intercept is None:
-            starts = (stop - first) * (column_start // column_tile)
+            starts = (stop - first) * (column_start // divisor)
         else:
-            starts = clamped_floor_sum(first, stop, tile, low_intercept, column_start, column_stop, column_tile)
-        full_columns = self.columns // column_tile * column_tile
+            starts = clamped_floor_sum(first, stop, tile, low_intercept, column_start, column_stop, divisor)
+        full_columns = self.columns // column_tile * divisor
         clipped = 0
         if column_stop > full_columns:
             reaches = first

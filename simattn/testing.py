@@ -214,7 +214,9 @@ def tiles_for(draw: st.DrawFn, problem: AttentionProblem, *, max_tiles: int = 12
 
 @st.composite
 def plan_options(draw: st.DrawFn, algorithm: Algorithm) -> dict[str, Any]:
-    """Draw the options of an algorithm's plan, found from the types of its fields; tiles are left out.
+    """Draw the options of an algorithm's plan, found from the types of its fields.
+
+    Tiles and packed heads, which depend on the problem, are left out.
 
     Parameters
     ----------
@@ -226,7 +228,7 @@ def plan_options(draw: st.DrawFn, algorithm: Algorithm) -> dict[str, Any]:
     hints = typing.get_type_hints(algorithm.plan_class)
     options: dict[str, Any] = {}
     for item in fields(algorithm.plan_class):
-        if item.name not in ("tiles", "enforce_capacity") and draw(st.booleans()):
+        if item.name not in ("tiles", "packed_heads", "enforce_capacity") and draw(st.booleans()):
             options[item.name] = draw(st.sampled_from(_values_of(hints[item.name])))
     return options
 

@@ -6,16 +6,16 @@ inputs are taken forward. Bytes between memory and multiprocessor are those of F
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from simattn.algorithms import flash2, forms
+from simattn.algorithms import flash2
 from simattn.algorithms.algorithm import Algorithm
 from simattn.hardware import Hardware
 from simattn.machine import Machine, Values
 from simattn.plan import Direction, PlanKind, Tiles, candidates
 from simattn.problem import AttentionProblem, PackedProblem, checked_integer
-from simattn.traffic import ArrayTraffic, Traffic
+from simattn.traffic import Traffic
 
 # Config and validation
 
@@ -38,11 +38,9 @@ class Flash3Plan(flash2.Flash2Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        packed = checked_integer("packed_heads", self.packed_heads, 1)
-        if self.tiles.q % packed:
-            raise ValueError(f"packed_heads={packed} does not divide tiles.q={self.tiles.q}")
-        if packed > 1 and self.repeat_kv:
-            raise ValueError(f"packed_heads={packed} with repeat_kv=True: expected keys that the heads share")
+        checked_integer("packed_heads", self.packed_heads, 1)
+        if self.packed_heads > 1 and self.repeat_kv:
+            raise ValueError(f"packed_heads={self.packed_heads} with repeat_kv=True: expected heads that share keys")
 
 
 # Tiled program
@@ -98,19 +96,10 @@ backward = flash2.backward
 
 
 def closed_form_forward(problem: AttentionProblem, plan: Flash3Plan) -> Traffic:
-    """FlashAttention-2's, with K and V loaded once for the packed heads of a tile of fewer positions."""
-    packed = plan.packed_heads
-    positions = replace(plan, tiles=replace(plan.tiles, q=plan.tiles.q // packed), packed_heads=1)
-    each = flash2.closed_form_forward(problem, positions)
-    shared = {name for name in each.by_array if name in forms.key_names(plan) or name.endswith("_descale")}
-    return Traffic(
-        {
-            name: ArrayTraffic(
-                **{counter: count // packed if name in shared else count for counter, count in vars(counts).items()}
-            )
-            for name, counts in each.by_array.items()
-        }
-    )
+    """FlashAttention-2's, of longer matrices for fewer heads if the plan packs heads."""
+    if plan.packed_heads > 1:
+        problem = PackedProblem.of(problem, plan.packed_heads)
+    return flash2.closed_form_forward(problem, plan)
 
 
 closed_form_backward = flash2.closed_form_backward
