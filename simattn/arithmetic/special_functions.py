@@ -142,10 +142,11 @@ def _applied(loop: Any, values: Values, out: Values | None, table: Table) -> Val
     given = np.ascontiguousarray(values, np.float32)
     result = out if out is not None and out.flags.c_contiguous else np.empty_like(given)
     loop(given.reshape(-1), result.reshape(-1), *table.constants)
-    if out is not None and out is not result:
+    if out is None:
+        return result.reshape(np.shape(values))
+    if out is not result:
         out[...] = result
-        return out
-    return result.reshape(np.shape(values))
+    return out
 
 
 SIGN, MAGNITUDE, FRACTION, HIDDEN_BIT = -(1 << 31), 0x7FFFFFFF, 0x7FFFFF, 0x800000
