@@ -188,6 +188,10 @@ inline float maximum_number(float a, float b) {
   return b != b ? a : maximum(a, b);
 }
 
+inline unsigned fresh_thread_index() { return cpu::block.running->index.x; }
+inline unsigned fresh_block_index() { return cpu::block.index.x; }
+inline int here(int number) { return number; }
+
 // Shared memory by the number of its byte
 
 inline unsigned shared_address(const void* shared) {
@@ -205,6 +209,10 @@ inline char* shared_bytes(unsigned address, int bytes, const char* what) {
 constexpr Four ZEROS = {};
 
 }  // namespace cpu
+
+inline unsigned shared_start() { return 0; }
+
+inline void start_copy(unsigned to, const void* from) { cpu::start_copy(cpu::shared_bytes(to, 16, "copy"), from, 16); }
 
 // Copy 16 bytes from global memory to shared memory, or zeros.
 inline void start_copy_or_zeros(unsigned to, const void* from, bool exists) {
@@ -306,6 +314,12 @@ template <class Stored>
 inline void multiply_add(float (&sums)[4], const unsigned (&left)[4], unsigned first, unsigned second) {
   const cpu::Multiplication given = {sums, left, {first, second}};
   cpu::together(&given, 0, cpu::resolve_multiplication<Stored>);
+}
+
+inline bool any_of_warp(bool given) {
+  float sayers = given;
+  for (int distance = 16; distance; distance /= 2) sayers += shuffle_xor(sayers, distance);
+  return sayers > 0;
 }
 
 // A barrier of the block that tells whether any thread says so.

@@ -36,6 +36,8 @@ constexpr int KEY_PAIRS = KEY_ROWS / 16;           // pairs of tiles of 8 keys; 
 constexpr int STEPS = COLUMNS / STEP;              // of the first product
 constexpr int VALUE_PAIRS = VALUE_COLUMNS / 16;    // pairs of tiles of 8 columns of the output
 
+constexpr bool SKIPS_CORRECTIONS = VALUE_COLUMNS >= 3 * KEY_ROWS;
+
 using QueryTile = MatrixTile<QUERY_ROWS, COLUMNS>;
 using KeyTile = MatrixTile<KEY_ROWS, COLUMNS>;
 using ValueTile = MatrixTile<KEY_ROWS, VALUE_COLUMNS>;
@@ -66,14 +68,41 @@ struct Flash2TensorForwardParameters {
 
 enum Flash2TensorForwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE };
 
+// The query tile of a thread block.
+struct Work {
+  unsigned batch, head;
+  int row;  // first of the tile
+
+  DEVICE Work(const Problem& problem, unsigned together, unsigned block) {
+    // Matrices take turns that many at a time, so that their keys and values stay in the cache. Blocks of the last query
+    // tiles come first: under a causal mask they take longest.
+    const unsigned heads = problem.heads, matrices = problem.batch * heads;
+    const unsigned tiles = (problem.q_len + QUERY_ROWS - 1u) / QUERY_ROWS;
+    const unsigned turn = block / (together * tiles), first = turn * together, within = block - first * tiles;
+    const unsigned present = min(together, matrices - first), tile = within / present;
+    const unsigned matrix = first + within - tile * present;
+    batch = matrix / heads, head = matrix - batch * heads;
+    row = (tiles - 1 - tile) * QUERY_ROWS;
+  }
+};
+
+// Where a thread's numbers lie in a tile of 16 rows or 8 columns: in row `group` and the row 8 further on, in column 2
+// `quad` and the next.
 struct Place {
-  int lane, group, quad;  // the lane's first row in a tile is `group`, its first column 2 `quad`
-  int warp_row;           // first row of the warp in the tile
-  unsigned q, k, v;       // offsets of the row whose address the lane gives to loads of matrices
+  int lane, group, quad;
 
   DEVICE Place() {
-    lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
-    warp_row = warp_index() * WARP_ROWS;
+    lane = fresh_thread_index() % WARP;
+    group = lane / 4, quad = lane % 4;
+  }
+};
+
+// Offsets of the rows whose addresses a lane gives to loads of matrices.
+struct Offsets {
+  unsigned q, k, v;
+
+  DEVICE explicit Offsets(int warp_row) {
+    const unsigned lane = threadIdx.x % WARP;
     q = QueryTile::offset(warp_row + lane % 16, lane / 16);
     k = KeyTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     v = ValueTile::offset(lane % 16, lane / 16);
@@ -118,24 +147,22 @@ using Scores = float[ROW_TILES][2 * KEY_PAIRS][4];
 using Probabilities = unsigned[ROW_TILES][KEY_PAIRS][4];  // as left matrices of the second product
 using Queries = unsigned[ROW_TILES][4];                   // of one step
 
-DEVICE void load_queries(Queries& queries, unsigned tile, const Place& place, int step) {
+// `first` is the address that the lane gives for the first columns.
+DEVICE void load_queries(Queries& queries, unsigned first, int step) {
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++) {
-    load_matrices(queries[m], QueryTile::right_of(tile + place.q, 2 * step) + m * 16 * QueryTile::ROW_BYTES);
+    load_matrices(queries[m], QueryTile::right_of(first, 2 * step) + m * 16 * QueryTile::ROW_BYTES);
   }
 }
 
 // scores = q k^T; each load is under way while the product before it is computed.
 DEVICE void multiply_scores(
-    Scores& scores, const Queries (&resident)[RESIDENT_STEPS + 1], unsigned q_tile, unsigned k_tile,
-    const Place& place) {
-  constexpr int LOADS = STEPS * KEY_PAIRS;
+    Scores& scores, const Queries (&resident)[RESIDENT_STEPS + 1], unsigned first_query, unsigned first_key) {
   unsigned keys[2][4];
   Queries queries[2];
   const auto& loaded = queries;
-  const auto load_keys = [&](int index) {
-    const int step = index / KEY_PAIRS, n = index % KEY_PAIRS;
-    load_matrices(keys[index % 2], KeyTile::right_of(k_tile + place.k, 2 * step) + n * 16 * KeyTile::ROW_BYTES);
+  const auto load_keys = [&](unsigned(&words)[4], int step, int n) {
+    load_matrices(words, KeyTile::right_of(first_key, 2 * step) + n * 16 * KeyTile::ROW_BYTES);
   };
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++)
@@ -143,26 +170,31 @@ DEVICE void multiply_scores(
     for (int n = 0; n < 2 * KEY_PAIRS; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) scores[m][n][i] = 0.0f;
-  if (RESIDENT_STEPS == 0) load_queries(queries[0], q_tile, place, 0);
-  load_keys(0);
+  if (RESIDENT_STEPS == 0) load_queries(queries[0], first_query, 0);
+  load_keys(keys[0], 0, 0);
 #pragma unroll
-  for (int index = 0; index < LOADS; index++) {
-    const int step = index / KEY_PAIRS, n = index % KEY_PAIRS;
-    if (n == 0 && step + 1 < STEPS && step + 1 >= RESIDENT_STEPS) {
-      load_queries(queries[(step + 1) % 2], q_tile, place, step + 1);
+  for (int step = 0; step < STEPS; step++) {
+    if (step + 1 < STEPS && step + 1 >= RESIDENT_STEPS) {
+      load_queries(queries[(step + 1) % 2], first_query, step + 1);
     }
-    if (index + 1 < LOADS) load_keys(index + 1);
     const Queries& left = step < RESIDENT_STEPS ? resident[min(step, RESIDENT_STEPS)] : loaded[step % 2];
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-      multiply_add<Stored>(scores[m][2 * n], left[m], keys[index % 2][0], keys[index % 2][1]);
-      multiply_add<Stored>(scores[m][2 * n + 1], left[m], keys[index % 2][2], keys[index % 2][3]);
+    for (int n = 0; n < KEY_PAIRS; n++) {
+      const int next = step * KEY_PAIRS + n + 1;
+      const auto& right = keys[(next - 1) % 2];
+      if (next < STEPS * KEY_PAIRS) load_keys(keys[next % 2], next / KEY_PAIRS, next % KEY_PAIRS);
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++) {
+        multiply_add<Stored>(scores[m][2 * n], left[m], right[0], right[1]);
+        multiply_add<Stored>(scores[m][2 * n + 1], left[m], right[2], right[3]);
+      }
     }
   }
 }
 
 // Hide the scores of keys that a row does not see; `key` is the first of the tile.
-DEVICE void hide(Scores& scores, const Band& band, int key, const Place& place) {
+DEVICE void hide(Scores& scores, const Band& band, int key) {
+  const Place place;
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
@@ -182,6 +214,8 @@ DEVICE void hide(Scores& scores, const Band& band, int key, const Place& place) 
 
 // Take a tile of scores into the row maxima and sums, and return its probabilities.
 DEVICE void update_softmax(SoftmaxState& state, Probabilities& probabilities, Scores& scores, float scale_log2) {
+  float corrections[ROW_TILES][2];
+  bool changes = false;
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
@@ -209,72 +243,78 @@ DEVICE void update_softmax(SoftmaxState& state, Probabilities& probabilities, Sc
         }
         probabilities[m][n / 2][n % 2 * 2 + half] = round_pair<Stored>(weights[0], weights[1]);
       }
+      corrections[m][half] = correction;
+      changes |= correction != 1.0f;
+    }
+  // Times 1 changes no bit: a warp whose maxima all stay leaves the output alone, where that is most of the work.
+  if (!SKIPS_CORRECTIONS || any_of_warp(changes)) {
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
       for (int n = 0; n < 2 * VALUE_PAIRS; n++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float& out = state.out[m][n][2 * half + i];
-          out = __fmul_rn(out, correction);
-        }
-    }
-}
-
-DEVICE void load_values(unsigned (&values)[4], unsigned v_tile, const Place& place, int step, int n) {
-  load_transposed_matrices(values, ValueTile::right_of(v_tile + place.v, 2 * n) + step * 16 * ValueTile::ROW_BYTES);
-}
-
-// out += probabilities v
-DEVICE void add_values(SoftmaxState& state, const Probabilities& probabilities, unsigned v_tile, const Place& place) {
-  constexpr int LOADS = KEY_PAIRS * VALUE_PAIRS;
-  unsigned values[2][4];
-  load_values(values[0], v_tile, place, 0, 0);
-#pragma unroll
-  for (int index = 0; index < LOADS; index++) {
-    const int step = index / VALUE_PAIRS, n = index % VALUE_PAIRS, next = index + 1;
-    if (next < LOADS) load_values(values[next % 2], v_tile, place, next / VALUE_PAIRS, next % VALUE_PAIRS);
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-      multiply_add<Stored>(state.out[m][2 * n], probabilities[m][step], values[index % 2][0], values[index % 2][1]);
-      multiply_add<Stored>(state.out[m][2 * n + 1], probabilities[m][step], values[index % 2][2], values[index % 2][3]);
-    }
+        for (int i = 0; i < 4; i++) state.out[m][n][i] = __fmul_rn(state.out[m][n][i], corrections[m][i / 2]);
   }
 }
 
+DEVICE void load_value_matrices(unsigned (&values)[4], unsigned first, int step, int n) {
+  load_transposed_matrices(values, ValueTile::right_of(first, 2 * n) + step * 16 * ValueTile::ROW_BYTES);
+}
+
+// out += probabilities v
+DEVICE void add_values(SoftmaxState& state, const Probabilities& probabilities, unsigned first_value) {
+  unsigned values[2][4];
+  load_value_matrices(values[0], first_value, 0, 0);
+#pragma unroll
+  for (int step = 0; step < KEY_PAIRS; step++)
+#pragma unroll
+    for (int n = 0; n < VALUE_PAIRS; n++) {
+      const int next = step * VALUE_PAIRS + n + 1;
+      const auto& right = values[(next - 1) % 2];
+      if (next < KEY_PAIRS * VALUE_PAIRS) {
+        load_value_matrices(values[next % 2], first_value, next / VALUE_PAIRS, next % VALUE_PAIRS);
+      }
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++) {
+        multiply_add<Stored>(state.out[m][2 * n], probabilities[m][step], right[0], right[1]);
+        multiply_add<Stored>(state.out[m][2 * n + 1], probabilities[m][step], right[2], right[3]);
+      }
+    }
+}
+
 // The same where values of hidden keys are infinite or NaN, whose product with a probability of 0 is NaN: row by row,
-// the values that the row does not see taken for 0.
+// the values that the row does not see taken for 0. It is rare; loops that are not unrolled keep it out of the way.
 DEVICE void add_seen_values(
-    SoftmaxState& state, const Probabilities& probabilities, unsigned v_tile, const Place& place, const Band& band,
-    int key) {
+    SoftmaxState& state, const Probabilities& probabilities, unsigned first_value, const Band& band, int key) {
+  const Place place;
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++) {
 #pragma unroll 1
     for (int row = 0; row < 16; row++) {
-      const int before = key + 2 * place.quad;
-      const int first = band.first + 16 * m + row - before, last = band.last + 16 * m + row - before;
-      unsigned seen[KEY_PAIRS][2];
-#pragma unroll
-      for (int step = 0; step < KEY_PAIRS; step++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int at = 16 * step + 8 * half;
-          const unsigned low = at >= first && at <= last ? 0x0000ffffu : 0;
-          const unsigned high = at + 1 >= first && at + 1 <= last ? 0xffff0000u : 0;
-          seen[step][half] = low | high;
-        }
 #pragma unroll
       for (int n = 0; n < VALUE_PAIRS; n++) {
         float sums[2][4];
 #pragma unroll
         for (int i = 0; i < 8; i++) sums[i / 4][i % 4] = state.out[m][2 * n + i / 4][i % 4];
-#pragma unroll
+#pragma unroll 1
         for (int step = 0; step < KEY_PAIRS; step++) {
-          unsigned values[4];
-          load_values(values, v_tile, place, step, n);
+          unsigned left[4], right[4];
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            multiply_add<Stored>(
-                sums[i], probabilities[m][step], values[2 * i] & seen[step][0], values[2 * i + 1] & seen[step][1]);
+          for (int i = 0; i < 4; i++) {
+            left[i] = probabilities[m][0][i];
+#pragma unroll
+            for (int other = 1; other < KEY_PAIRS; other++) left[i] = step == other ? probabilities[m][other][i] : left[i];
           }
+          load_value_matrices(right, first_value, step, n);
+          const int first = key + 16 * step + 2 * place.quad - (16 * m + row);
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const int at = first + 8 * (i % 2);
+            if (at < band.first || at > band.last) right[i] &= 0xffff0000u;
+            if (at + 1 < band.first || at + 1 > band.last) right[i] &= 0x0000ffffu;
+          }
+          multiply_add<Stored>(sums[0], left, right[0], right[1]);
+          multiply_add<Stored>(sums[1], left, right[2], right[3]);
         }
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -295,7 +335,7 @@ constexpr unsigned EXPONENTS<float16> = 0x7c007c00u;
 DEVICE bool holds_special(unsigned v_tile) {
   constexpr unsigned UNITS = 0x80008000u - EXPONENTS<Stored>;  // what carries a field of all ones into the sign's place
   unsigned carried = 0;
-  MatrixCopy<ValueTile, THREADS>::for_each([&](unsigned offset, int, int, int, int) {
+  MatrixCopy<ValueTile, THREADS>::for_each(fresh_thread_index(), [&](unsigned offset, int, int, int, int) {
     const Four words = load_shared(v_tile + offset);
     const unsigned four[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
@@ -307,13 +347,15 @@ DEVICE bool holds_special(unsigned v_tile) {
 // Normalise the output and store it with its log-sum-exp, which is -Inf in a row that saw no key. A warp's rows pass
 // through its part of the output tile, so that they are stored 16 bytes at a time.
 DEVICE void finish_softmax(
-    const SoftmaxState& state, const Flash2TensorForwardParameters& parameters, const Place& place, unsigned out_tile,
-    int tile_row, int batch, int head) {
+    const SoftmaxState& state, const Flash2TensorForwardParameters& parameters, unsigned out_tile) {
   const Problem& problem = parameters.problem;
+  const Work work(problem, parameters.operand.heads, fresh_block_index());
+  const Place place;
+  const int warp_row = fresh_thread_index() / WARP * WARP_ROWS;
   const float ln2 = 0x1.62e43p-1f;
   ByteCounter counter(parameters.counters + COUNT_OUT);
   ByteCounter lse_counter(parameters.counters + COUNT_LSE);
-  float* lse = row_of(parameters.lse, parameters.lse_strides, batch, head, 0);
+  float* lse = row_of(parameters.lse, parameters.lse_strides, work.batch, work.head, 0);
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
@@ -322,7 +364,7 @@ DEVICE void finish_softmax(
       sum = __fadd_rn(sum, shuffle_xor(sum, 1));
       sum = __fadd_rn(sum, shuffle_xor(sum, 2));
       const float inverse = sum == 0.0f ? 0.0f : reciprocal_approximate(sum);
-      const int row = place.warp_row + 16 * m + 8 * half + place.group;
+      const int row = warp_row + 16 * m + 8 * half + place.group;
 #pragma unroll
       for (int n = 0; n < 2 * VALUE_PAIRS; n++) {
         const float(&out)[4] = state.out[m][n];
@@ -330,20 +372,20 @@ DEVICE void finish_softmax(
             out_tile + OutputTile::offset(row, n) + 4 * place.quad,
             round_pair<Stored>(__fmul_rn(out[2 * half], inverse), __fmul_rn(out[2 * half + 1], inverse)));
       }
-      if (place.quad == 0 && tile_row + row < problem.q_len) {
+      if (place.quad == 0 && work.row + row < problem.q_len) {
         const float row_max = state.row_max[m][half], used = row_max == -infinity() ? 0.0f : row_max;
         const float log_sum = __fmul_rn(__fmaf_rn(used, problem.scale_log2, log2_approximate(sum)), ln2);
-        const long long at = (tile_row + row) * parameters.lse_strides.row;
+        const long long at = (work.row + row) * parameters.lse_strides.row;
         store_number(lse + at, sum == 0.0f ? -infinity() : log_sum, lse_counter);
       }
     }
   __syncwarp();
-  Stored* out = row_of(parameters.out, parameters.out_strides, batch, head, tile_row);
+  Stored* out = row_of(parameters.out, parameters.out_strides, work.batch, work.head, work.row);
 #pragma unroll
   for (int index = 0; index < WARP_ROWS * OutputTile::CHUNKS; index += WARP) {
-    const int row = place.warp_row + (index + place.lane) / OutputTile::CHUNKS;
+    const int row = warp_row + (index + place.lane) / OutputTile::CHUNKS;
     const int chunk = (index + place.lane) % OutputTile::CHUNKS;
-    if (tile_row + row < problem.q_len && 8 * chunk < problem.value_dim) {
+    if (work.row + row < problem.q_len && 8 * chunk < problem.value_dim) {
       counter.add(16);
       store_16_bytes(
           out + row * parameters.out_strides.row + 8 * chunk, load_shared(out_tile + OutputTile::offset(row, chunk)));
@@ -362,50 +404,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     flash2_tensor_forward(const Flash2TensorForwardParameters parameters) {
   const unsigned q_tile = shared_start();
   const Problem& problem = parameters.problem;
-  const Place place;
-
-  // Matrices take turns that many at a time, so that their keys and values stay in the cache. Blocks of the last query
-  // tiles come first: under a causal mask they take longest.
-  const int matrices = problem.batch * problem.heads, tiles = (problem.q_len + QUERY_ROWS - 1) / QUERY_ROWS;
-  const int together = parameters.operand.heads, turn = blockIdx.x / (together * tiles);
-  const int within = blockIdx.x - turn * together * tiles, present = min(together, matrices - turn * together);
-  const int matrix = turn * together + within % present;
-  const int batch = matrix / problem.heads, head = matrix % problem.heads, kv_head = head / problem.group_size;
-  const int tile_row = (tiles - 1 - within / present) * QUERY_ROWS;
-  const Stored* k_matrix = row_of(parameters.k, parameters.k_strides, batch, kv_head, 0);
-  const Stored* v_matrix = row_of(parameters.v, parameters.v_strides, batch, kv_head, 0);
+  const Work work(problem, parameters.operand.heads, blockIdx.x);
+  const unsigned kv_head = work.head / problem.group_size;
+  const int warp_row = warp_index() * WARP_ROWS, row = work.row + warp_row;
+  const Offsets offsets(warp_row);
 
   // Tiles of keys that any row of the query tile sees, and those of which all rows see all keys.
-  const int first_position = tile_row + problem.kv_len - problem.q_len;
-  const int last_position = first_position + min(QUERY_ROWS, problem.q_len - tile_row) - 1;
+  const int first_position = work.row + problem.kv_len - problem.q_len;
+  const int last_position = first_position + min(QUERY_ROWS, problem.q_len - work.row) - 1;
   const int first_key = max(0, first_position - problem.window_left);
   const int stop_key = min(problem.kv_len, last_position + problem.window_right + 1);
   const int first_tile = first_key / KEY_ROWS;
   const int stop_tile = first_key < stop_key ? (stop_key + KEY_ROWS - 1) / KEY_ROWS : first_tile;
   const int first_full = (max(0, last_position - problem.window_left) + KEY_ROWS - 1) / KEY_ROWS;
   const int stop_full = max(0, min(problem.kv_len, first_position + problem.window_right + 1)) / KEY_ROWS;
-  const Band band(problem, tile_row + place.warp_row);
 
   // load
-  const auto load_key_tile = [&](int tile, int stage) {
-    const int key = tile * KEY_ROWS;
+  const Stored* k = row_of(parameters.k, parameters.k_strides, work.batch, kv_head, first_tile * KEY_ROWS);
+  const Stored* v = row_of(parameters.v, parameters.v_strides, work.batch, kv_head, first_tile * KEY_ROWS);
+  const auto k_tile = [&](int tile) { return q_tile + K_OFFSET + tile % STAGES * KeyTile::BYTES; };
+  const auto v_tile = [&](int tile) { return q_tile + V_OFFSET + tile % STAGES * ValueTile::BYTES; };
+  const auto load_keys = [&](int tile) {
+    const long long stride = parameters.k_strides.row;
     MatrixCopy<KeyTile, THREADS>::start(
-        q_tile + K_OFFSET + stage * KeyTile::BYTES, k_matrix + key * parameters.k_strides.row,
-        parameters.k_strides.row, problem.kv_len - key, problem.head_dim, parameters.counters + COUNT_K);
+        k_tile(tile), k, stride, problem.kv_len - tile * KEY_ROWS, problem.head_dim, parameters.counters + COUNT_K);
+    k += KEY_ROWS * stride;
   };
-  const auto load_value_tile = [&](int tile, int stage) {
-    const int key = tile * KEY_ROWS;
+  const auto load_values = [&](int tile) {
+    const long long stride = parameters.v_strides.row;
     MatrixCopy<ValueTile, THREADS>::start(
-        q_tile + V_OFFSET + stage * ValueTile::BYTES, v_matrix + key * parameters.v_strides.row,
-        parameters.v_strides.row, problem.kv_len - key, problem.value_dim, parameters.counters + COUNT_V);
+        v_tile(tile), v, stride, problem.kv_len - tile * KEY_ROWS, problem.value_dim, parameters.counters + COUNT_V);
+    v += KEY_ROWS * stride;
   };
   MatrixCopy<QueryTile, THREADS>::start(
-      q_tile, row_of(parameters.q, parameters.q_strides, batch, head, tile_row), parameters.q_strides.row,
-      problem.q_len - tile_row, problem.head_dim, parameters.counters + COUNT_Q);
+      q_tile, row_of(parameters.q, parameters.q_strides, work.batch, work.head, work.row), parameters.q_strides.row,
+      problem.q_len - work.row, problem.head_dim, parameters.counters + COUNT_Q);
   commit_copies();
   if (first_tile < stop_tile) {
-    load_key_tile(first_tile, 0);
-    if (STAGES == 2) load_value_tile(first_tile, 0);
+    load_keys(first_tile);
+    if (STAGES == 2) load_values(first_tile);
   }
   commit_copies();
   Queries resident[RESIDENT_STEPS + 1];
@@ -413,60 +450,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wait_for_copies<1>();
     __syncthreads();  // Q is there
 #pragma unroll
-    for (int step = 0; step < RESIDENT_STEPS; step++) load_queries(resident[step], q_tile, place, step);
+    for (int step = 0; step < RESIDENT_STEPS; step++) load_queries(resident[step], q_tile + offsets.q, step);
   }
   SoftmaxState state;
-  int stage = 0;
 
   const auto take_tile = [&](int tile, auto masked) {
     constexpr bool MASKED = decltype(masked)::value;
     const int key = tile * KEY_ROWS, next = tile + 1;
-    const unsigned k_tile = q_tile + K_OFFSET + stage * KeyTile::BYTES;
-    const unsigned v_tile = q_tile + V_OFFSET + stage * ValueTile::BYTES;
-    const bool seen = !band.empty(key);
     bool special = false;
     Probabilities probabilities;
+    const Band band(problem, here(row));
+    const bool seen = MASKED ? !band.empty(key) : row < problem.q_len;
     // load
     wait_for_copies<0>();
     if (STAGES == 2) {
       if (MASKED) {
-        special = synchronise_any(holds_special(v_tile));
+        special = synchronise_any(holds_special(v_tile(tile)));
       } else {
         __syncthreads();  // this tile is there, and the one before has been read
       }
-      if (next < stop_tile) load_key_tile(next, 1 - stage), load_value_tile(next, 1 - stage);
+      if (next < stop_tile) load_keys(next);
     } else {
       __syncthreads();  // K is there, and V has been read
-      load_value_tile(tile, 0);
+      load_values(tile);
     }
     commit_copies();
     // compute
     if (seen) {
       Scores scores;
-      multiply_scores(scores, resident, q_tile, k_tile, place);
-      if (MASKED) hide(scores, band, key, place);
+      multiply_scores(scores, resident, q_tile + offsets.q, k_tile(tile) + offsets.k);
+      if (MASKED) hide(scores, band, key);
       update_softmax(state, probabilities, scores, problem.scale_log2);
     }
-    if (STAGES == 1) {
-      // load
+    // load
+    if (STAGES == 2) {
+      if (next < stop_tile) load_values(next);
+    } else {
       wait_for_copies<0>();
       if (MASKED) {
-        special = synchronise_any(holds_special(v_tile));
+        special = synchronise_any(holds_special(v_tile(tile)));
       } else {
         __syncthreads();  // V is there, and K has been read
       }
-      if (next < stop_tile) load_key_tile(next, 0);
-      commit_copies();
+      if (next < stop_tile) load_keys(next);
     }
+    commit_copies();
     // compute
     if (seen) {
       if (MASKED && special) {
-        add_seen_values(state, probabilities, v_tile, place, band, key);
+        add_seen_values(state, probabilities, v_tile(tile) + offsets.v, band, key);
       } else {
-        add_values(state, probabilities, v_tile, place);
+        add_values(state, probabilities, v_tile(tile) + offsets.v);
       }
     }
-    stage = STAGES - 1 - stage;
   };
   for (int tile = first_tile; tile < stop_tile;) {
     if (tile >= first_full && tile < stop_full) {
@@ -480,5 +516,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wait_for_copies<0>();
     __syncthreads();  // all warps have read Q, whose place the output takes
   }
-  finish_softmax(state, parameters, place, q_tile, tile_row, batch, head);
+  finish_softmax(state, parameters, q_tile);
 }

@@ -14,7 +14,7 @@ struct MatrixTile {
   static constexpr int GROUP = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
   static_assert(CHUNKS % GROUP == 0, "groups divide a row");
 
-  DEVICE static unsigned offset(int row, int chunk) {
+  DEVICE static unsigned offset(unsigned row, unsigned chunk) {
     return row * ROW_BYTES + 16 * (chunk ^ row / (8 / GROUP) % GROUP);
   }
 
@@ -34,8 +34,8 @@ struct MatrixCopy {
 
   // Call something for each of the thread's chunks, with its offset in the tile, row and first column.
   template <class Use>
-  DEVICE static void for_each(const Use& use) {
-    const int row = threadIdx.x / ACROSS, chunk = threadIdx.x % ACROSS;
+  DEVICE static void for_each(unsigned thread, const Use& use) {
+    const unsigned row = thread / ACROSS, chunk = thread % ACROSS;
     const unsigned offset = Tile::offset(row, chunk);
 #pragma unroll
     for (int down = 0; down < Tile::ROWS; down += DOWN) {
@@ -53,14 +53,15 @@ struct MatrixCopy {
   DEVICE static void start(
       unsigned tile, const Stored* matrix, long long row_stride, int rows, int columns, unsigned long long* total) {
     ByteCounter counter(total);
-    const Stored* first = matrix + threadIdx.x / ACROSS * row_stride + threadIdx.x % ACROSS * 8;
+    const unsigned thread = fresh_thread_index();
+    const Stored* first = matrix + thread / ACROSS * row_stride + thread % ACROSS * 8;
     if (rows >= Tile::ROWS && columns == 8 * Tile::CHUNKS) {
-      for_each([&](unsigned offset, int, int down, int, int right) {
+      for_each(thread, [&](unsigned offset, int, int down, int, int right) {
         counter.add(16);
         start_copy(tile + offset, first + down * row_stride + right);
       });
     } else {
-      for_each([&](unsigned offset, int row, int down, int column, int right) {
+      for_each(thread, [&](unsigned offset, int row, int down, int column, int right) {
         const bool exists = row + down < rows && column + right < columns;
         if (exists) counter.add(16);
         start_copy_or_zeros(tile + offset, exists ? first + down * row_stride + right : matrix, exists);

@@ -8,6 +8,27 @@
 #include "cpu_tensor_cores.h"
 #else
 
+// Indices that are read anew, so that what follows from them need not stay in registers in between.
+
+DEVICE unsigned fresh_thread_index() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+DEVICE unsigned fresh_block_index() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
+// The same number, of which the compiler knows nothing: what follows from it is computed here, and not once before a
+// loop.
+DEVICE int here(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 // Address in shared memory.
 DEVICE unsigned shared_address(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
 
@@ -129,6 +150,8 @@ DEVICE float log2_approximate(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(logarithm) : "f"(x));
   return logarithm;
 }
+
+DEVICE bool any_of_warp(bool given) { return __any_sync(ALL_LANES, given); }
 
 // A barrier of the block that tells whether any thread says so.
 DEVICE bool synchronise_any(bool given) { return __syncthreads_or(given); }
