@@ -40,6 +40,8 @@ constexpr int STAGES = 2;
 constexpr int SLABS = (COLUMNS + SLAB_COLUMNS - 1) / SLAB_COLUMNS;
 constexpr int SCORES = KEY_ROWS / 2;   // of a thread, in two rows
 constexpr int OUTPUTS = COLUMNS / 2;
+constexpr bool SKIPS_CORRECTIONS = COLUMNS >= 128;  // worth a vote
+constexpr bool GOES_ON = QUERY_STAGES > 1;  // from the last products of a query tile to the first of the next
 constexpr int STEP = 16;               // contracted elements of a product
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 : 160;
@@ -69,7 +71,7 @@ struct Flash3ForwardParameters {
   const Stored* v;
   Stored* out;
   float* lse;
-  const int* schedule;  // the query tiles in the order in which they are handed to the blocks in turn, under a mask
+  const unsigned* schedule;  // under a mask: the first tile of every block, then their second ones, ...
   unsigned long long* counters;
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides, schedule_strides;
   Problem problem;
@@ -111,6 +113,7 @@ struct Work {
 };
 
 constexpr int NO_ROW = -1;
+constexpr unsigned LAST_OF_BLOCK = 1u << 31;  // marks a block's last tile in the schedule
 
 DEVICE int packed_rows(const Problem& problem) { return problem.q_len * PACKED_HEADS; }
 
@@ -137,6 +140,27 @@ DEVICE Work work_of(const Problem& problem, int number) {
   work.stop_tile = first_key < stop_key ? (stop_key + KEY_ROWS - 1) / KEY_ROWS : work.first_tile;
   return work;
 }
+
+// The query tiles of a thread block.
+class Schedule {
+ public:
+  DEVICE Work next(const Flash3ForwardParameters& parameters, ByteCounter& counter) {
+    if (MASKED ? is_last_ : turn_ >= tiles_of(parameters.problem)) return {0, 0, NO_ROW, 0, 0};
+    int number = turn_;
+    if (MASKED) {
+      const unsigned word = load_4_bytes(parameters.schedule + turn_);
+      counter.add(4);
+      is_last_ = word & LAST_OF_BLOCK;
+      number = word & ~LAST_OF_BLOCK;
+    }
+    turn_ += gridDim.x;
+    return work_of(parameters.problem, number);
+  }
+
+ private:
+  int turn_ = blockIdx.x;
+  bool is_last_ = false;
+};
 
 // load
 
@@ -189,11 +213,14 @@ DEVICE void load_keys(
 
 DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters) {
   const Problem& problem = parameters.problem;
-  const int stop = tiles_of(problem);
   ByteCounter q_bytes(parameters.counters + COUNT_Q), k_bytes(parameters.counters + COUNT_K);
   ByteCounter v_bytes(parameters.counters + COUNT_V), schedule_bytes(parameters.counters + COUNT_SCHEDULE);
   Ring<QUERY_STAGES> queries;
   Ring<STAGES> keys, values;
+  const auto load_q = [&](const Work& work) {
+    load_queries(shared, barriers, parameters, work, queries, q_bytes);
+    queries.advance();
+  };
   const auto load_k = [&](const Work& work, int tile) {
     load_keys(
         shared + K_OFFSET + keys.stage * KEY_BYTES, &barriers->k_full[keys.stage], &barriers->k_empty[keys.stage],
@@ -207,39 +234,37 @@ DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters
         v_bytes);
     values.advance();
   };
-  for (int turn = blockIdx.x; turn < stop; turn += gridDim.x) {
-    int number = turn;
-    if (MASKED) {
-      schedule_bytes.add(4);
-      number = load_4_bytes(parameters.schedule + turn);
-    }
-    const Work work = work_of(problem, number);
+  Schedule schedule;
+  Work work = schedule.next(parameters, schedule_bytes);
+  load_q(work);
+  while (work.row != NO_ROW) {
+    const Work next = schedule.next(parameters, schedule_bytes);
     if (work.first_tile < work.stop_tile) load_k(work, work.first_tile);
-    load_queries(shared, barriers, parameters, work, queries, q_bytes);
-    queries.advance();
     for (int tile = work.first_tile; tile < work.stop_tile; tile++) {
       if (tile + 1 < work.stop_tile) load_k(work, tile + 1);
       load_v(work, tile);
+      // The next queries may have to wait for room until the tile before this one is stored.
+      if (GOES_ON && tile == work.first_tile) load_q(next);
     }
+    if (!GOES_ON || work.first_tile == work.stop_tile) load_q(next);
+    work = next;
   }
-  load_queries(shared, barriers, parameters, {0, 0, NO_ROW, 0, 0}, queries, q_bytes);
   q_bytes.flush(), k_bytes.flush(), v_bytes.flush(), schedule_bytes.flush();
 }
 
 // compute
 
+// Where a thread stands in its warpgroup; read anew where it is used, to take no registers in between.
 struct Place {
-  int group;     // warpgroup among those that compute
-  int warp;      // warp in the warpgroup
+  int warp;  // in the warpgroup
   int lane;
-  int row;       // first row of the thread in its warpgroup; the other follows 8 further on
-  int quad;      // lane among the four that share a row
+  int row;   // first row of the thread in its warpgroup; the other follows 8 further on
+  int quad;  // lane among the four that share a row
 
   DEVICE Place() {
-    const int warp_of_block = warp_index();
-    group = warp_of_block / 4 - 1;
-    warp = warp_of_block % 4;
-    lane = threadIdx.x % WARP;
+    const int thread = fresh_thread_index() % WARPGROUP;
+    warp = thread / WARP;
+    lane = thread % WARP;
     row = warp * WARP_ROWS + lane / 4;
     quad = lane % 4;
   }
@@ -256,8 +281,44 @@ struct SoftmaxState {
 
 DEVICE float lowest() { return NEGATED ? infinity() : -infinity(); }
 
-// Hide what rows do not see: keys before `first` and from `stop` on, counted from the thread's first.
-DEVICE void hide(float (&scores)[SCORES], const int (&first)[2], const int (&stop)[2]) {
+// Which keys the warpgroup's rows see.
+class Sight {
+ public:
+  DEVICE Sight(const Problem& problem, int packed_row) : problem_(problem), row_(packed_row) {}
+
+  DEVICE void turn_to(int packed_row) { row_ = packed_row; }
+
+  // Of a row of the warpgroup.
+  DEVICE int first_key(int row) const { return position(row) - problem_.window_left; }
+  DEVICE int stop_key(int row) const {
+    return MASKED ? min(problem_.kv_len, position(row) + problem_.window_right + 1) : problem_.kv_len;
+  }
+
+  // Tiles before the first and from the second on hide keys from rows of the warpgroup.
+  DEVICE int first_whole() const {
+    return MASKED ? (max(0, first_key(GROUP_ROWS - 1)) + KEY_ROWS - 1) / KEY_ROWS : 0;
+  }
+  DEVICE int stop_whole() const { return max(0, stop_key(0)) / KEY_ROWS; }
+  DEVICE bool hides(int tile) const { return tile < first_whole() || tile >= stop_whole(); }
+
+ private:
+  // Key at which a row stands.
+  DEVICE int position(int row) const { return (row_ + row) / PACKED_HEADS + problem_.kv_len - problem_.q_len; }
+
+  const Problem& problem_;
+  int row_;
+};
+
+// Hide the keys of a tile that rows do not see.
+DEVICE void hide(float (&scores)[SCORES], const Sight& sight, int tile) {
+  const Place place;
+  const int before = tile * KEY_ROWS + 2 * place.quad;
+  int first[2], stop[2];
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    first[row] = sight.first_key(place.row + 8 * row) - before;
+    stop[row] = sight.stop_key(place.row + 8 * row) - before;
+  }
 #pragma unroll
   for (int i = 0; i < SCORES; i++) {
     const int key = i / 4 * 8 + i % 2, row = i / 2 % 2;
@@ -327,6 +388,72 @@ DEVICE void start_values(float (&out)[OUTPUTS], const unsigned (&probabilities)[
   }
 }
 
+// Add the values of a tile, weighted by probabilities, where values of hidden keys are infinite or NaN, whose product
+// with a probability of 0 is NaN: row by row, the values that the row does not see taken for 0. The warp's tensor core
+// instructions add up as the warpgroup's do.
+DEVICE void add_seen_values(
+    float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], unsigned v, const Sight& sight, int tile) {
+  const Place place;
+  const int matrix_row = place.lane % 16, matrix = place.lane / 16;
+#pragma unroll 1
+  for (int row = 0; row < WARP_ROWS; row++) {
+    const int group_row = place.warp * WARP_ROWS + row;
+    const int first = sight.first_key(group_row) - tile * KEY_ROWS, stop = sight.stop_key(group_row) - tile * KEY_ROWS;
+    const bool takes = place.lane / 4 == row % 8;
+#pragma unroll
+    for (int i = 0; i < OUTPUTS; i += 8) {
+      float sums[2][4];
+#pragma unroll
+      for (int j = 0; j < 8; j++) sums[j / 4][j % 4] = out[i + j];
+      const int column = 2 * i + 8 * matrix, slab = column / SLAB_COLUMNS;
+#pragma unroll 1
+      for (int step = 0; step < KEY_ROWS / STEP; step++) {
+        const int key = step * STEP + matrix_row, chunk = column % SLAB_COLUMNS / 8 ^ key % 8;
+        unsigned values[4];
+        load_transposed_matrices(values, v + slab * KEY_SLAB_BYTES + key * SLAB_ROW_BYTES + chunk * 16);
+        unsigned left[4];
+#pragma unroll
+        for (int other = 0; other < KEY_ROWS / STEP; other++) {
+#pragma unroll
+          for (int j = 0; j < 4; j++) left[j] = other == step ? probabilities[4 * other + j] : left[j];
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int at = step * STEP + 8 * half + 2 * place.quad;
+          const unsigned seen =
+              (at >= first && at < stop ? 0xffffu : 0) | (at + 1 >= first && at + 1 < stop ? 0xffff0000u : 0);
+          values[half] &= seen, values[2 + half] &= seen;
+        }
+        multiply_add<Stored>(sums[0], left, values[0], values[1]);
+        multiply_add<Stored>(sums[1], left, values[2], values[3]);
+      }
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        if (takes && j % 4 / 2 == row / 8) out[i + j] = sums[j / 4][j % 4];
+      }
+    }
+  }
+}
+
+// Fields of the exponents of two numbers in a word.
+template <class Stored>
+constexpr unsigned EXPONENTS = 0x7f807f80u;
+template <>
+constexpr unsigned EXPONENTS<float16> = 0x7c007c00u;
+
+// Whether a tile of values holds Inf or NaN; the warpgroup's threads share the work.
+DEVICE bool holds_special(unsigned v, int group) {
+  constexpr unsigned UNITS = 0x80008000u - EXPONENTS<Stored>;  // what carries a field of all ones into the sign's place
+  unsigned carried = 0;
+#pragma unroll 4
+  for (int offset = fresh_thread_index() % WARPGROUP * 16; offset < KEY_BYTES; offset += WARPGROUP * 16) {
+    const Four words = load_shared(v + offset);
+    carried |= (words.x & EXPONENTS<Stored>) + UNITS | (words.y & EXPONENTS<Stored>) + UNITS;
+    carried |= (words.z & EXPONENTS<Stored>) + UNITS | (words.w & EXPONENTS<Stored>) + UNITS;
+  }
+  return sync_named_any(2 + CONSUMERS + group, WARPGROUP, carried & 0x80008000u);
+}
+
 // Which turn it is: the warpgroups' products are issued in turns.
 DEVICE void await_turn(int group) {
   if (TAKE_TURNS) sync_named(2 + group, 2 * WARPGROUP);
@@ -340,9 +467,10 @@ DEVICE void end_turn(int group) {
 
 DEVICE void finish(
     float (&out)[OUTPUTS], const SoftmaxState& state, char* staged, const Flash3ForwardParameters& parameters,
-    const Work& work, const Place& place, ByteCounter& out_bytes, ByteCounter& lse_bytes) {
+    const Work& work, int group, ByteCounter& out_bytes, ByteCounter& lse_bytes) {
   const Problem& problem = parameters.problem;
-  const int group_row = work.row + place.group * GROUP_ROWS;
+  const Place place;
+  const int group_row = work.row + group * GROUP_ROWS;
   float inverse[2];
 #pragma unroll
   for (int row = 0; row < 2; row++) {
@@ -361,7 +489,7 @@ DEVICE void finish(
     }
   }
   // The rows of a warp take the place of its queries, which its warpgroup has read.
-  sync_named(2 + CONSUMERS + place.group, WARPGROUP);
+  sync_named(2 + CONSUMERS + group, WARPGROUP);
   char* rows = staged + place.warp * WARP_ROWS * SLAB_ROW_BYTES;
   const int matrix_row = place.lane % 16, chunk = place.lane / 16;
 #pragma unroll
@@ -393,110 +521,178 @@ DEVICE void finish(
 
 DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters) {
   const Problem& problem = parameters.problem;
-  const Place place;
+  const int group = warp_index() / 4 - 1;
+  const bool is_first_lane = threadIdx.x % WARP == 0;
   const float scale_log2 = problem.scale_log2;
   ByteCounter out_bytes(parameters.counters + COUNT_OUT), lse_bytes(parameters.counters + COUNT_LSE);
+  const unsigned v_tiles = shared_address(shared) + V_OFFSET;
   const unsigned long long k = describe_matrix(shared_address(shared) + K_OFFSET, 0);
-  const unsigned long long v = describe_matrix(shared_address(shared) + V_OFFSET, KEY_SLAB_BYTES);
-  const auto release = [&](Barrier* barrier) {
-    if (place.lane == 0) arrive(barrier);
-  };
-  if (place.group == CONSUMERS - 1) end_turn(place.group);  // the first warpgroup begins
+  const unsigned long long v = describe_matrix(v_tiles, KEY_SLAB_BYTES);
   Ring<QUERY_STAGES> queries;
   Ring<STAGES> keys, values;
-  for (;;) {
-    wait(&barriers->q_full[queries.stage][place.group], queries.parity);
-    const Work work = work_places(shared)[queries.stage];
-    if (work.row == NO_ROW) break;
-    // Keys that the thread's rows see, and those that all rows of the warpgroup see
-    const int group_row = work.row + place.group * GROUP_ROWS, shift = problem.kv_len - problem.q_len;
-    int first_key[2], stop_key[2];
+  const auto release = [&](Barrier* barrier) {
+    if (is_first_lane) arrive(barrier);
+  };
+  const auto queries_of = [&](int stage) {
+    return shared + stage * QUERY_BYTES + group * QUERY_GROUP_BYTES;
+  };
+  const auto await_work = [&](const Ring<QUERY_STAGES>& ring) -> Work {
+    wait(&barriers->q_full[ring.stage][group], ring.parity);
+    const Work work = work_places(shared)[ring.stage];
+    // The same in all lanes, as the compiler would not know.
+    return {first_lane(work.batch), first_lane(work.head), first_lane(work.row), first_lane(work.first_tile),
+            first_lane(work.stop_tile)};
+  };
+  const auto start_next_scores = [&](float (&scores)[SCORES], int stage) {
+    fence_products();
+    start_scores(
+        scores, describe_matrix(shared_address(queries_of(stage)), 0), moved_on(k, keys.stage * KEY_BYTES));
+    commit_products();
+  };
+  const auto start_next_values = [&](
+      float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], bool adds) {
+    wait(&barriers->v_full[values.stage], values.parity);
+    fence_products();
+    start_values(out, probabilities, moved_on(v, values.stage * KEY_BYTES), adds);
+    commit_products();
+  };
+  const auto release_keys = [&] {
+    release(&barriers->k_empty[keys.stage]);
+    keys.advance();
+  };
+  const auto release_values = [&] {
+    release(&barriers->v_empty[values.stage]);
+    values.advance();
+  };
+  // Under a mask, a tile whose keys not all rows of the warpgroup see, and whose values are infinite or NaN, is added
+  // another way; returns whether that was done.
+  const auto add_special_values = [&](
+      float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], const Sight& sight, int tile, bool adds) {
+    if (!MASKED || !sight.hides(tile)) return false;
+    const unsigned v_tile = v_tiles + values.stage * KEY_BYTES;
+    wait(&barriers->v_full[values.stage], values.parity);
+    if (!holds_special(v_tile, group)) return false;
+    if (!adds) {
 #pragma unroll
-    for (int row = 0; row < 2; row++) {
-      const int position = (group_row + place.row + 8 * row) / PACKED_HEADS + shift;
-      first_key[row] = position - problem.window_left;
-      stop_key[row] = MASKED ? min(problem.kv_len, position + problem.window_right + 1) : problem.kv_len;
+      for (int i = 0; i < OUTPUTS; i++) out[i] = 0.0f;
     }
-    const int first_full = (group_row + GROUP_ROWS - 1) / PACKED_HEADS + shift - problem.window_left;
-    const int stop_full =
-        MASKED ? min(problem.kv_len, group_row / PACKED_HEADS + shift + problem.window_right + 1) : problem.kv_len;
-    const int first_whole = (max(0, first_full) + KEY_ROWS - 1) / KEY_ROWS, stop_whole = max(0, stop_full) / KEY_ROWS;
-    const auto hide_keys = [&](float (&scores)[SCORES], int tile) {
-      const int key = tile * KEY_ROWS;
-      if ((MASKED && key < first_full) || key + KEY_ROWS > stop_full) {
-        const int before = key + 2 * place.quad;
-        const int first[2] = {first_key[0] - before, first_key[1] - before};
-        const int stop[2] = {stop_key[0] - before, stop_key[1] - before};
-        hide(scores, first, stop);
-      }
-    };
+    add_seen_values(out, probabilities, v_tile, sight, tile);
+    release_values();
+    return true;
+  };
+  // Take the scores of a tile into the softmax. The compiler moves no exponential past the wait for the next keys, so that
+  // they overlap with the products under way.
+  const auto take_scores = [&](
+      float (&scores)[SCORES], SoftmaxState& state, const Sight& sight, int tile, int stop_tile, auto is_first,
+      auto hides) {
+    release_keys();
+    if constexpr (decltype(hides)::value) hide(scores, sight, tile);
+    update_softmax<decltype(is_first)::value>(state, scores, scale_log2);
+    settle(scores), settle(state.row_sum[0]), settle(state.row_sum[1]);
+    if (tile + 1 < stop_tile) wait(&barriers->k_full[keys.stage], keys.parity);
+  };
+  const auto store_result = [&](float (&out)[OUTPUTS], const SoftmaxState& state) {
+    const Work work = work_places(shared)[queries.stage];
+    finish(out, state, queries_of(queries.stage), parameters, work, group, out_bytes, lse_bytes);
+    release(&barriers->q_empty[queries.stage][group]);
+    queries.advance();
+  };
 
-    char* q_tile = shared + queries.stage * QUERY_BYTES + place.group * QUERY_GROUP_BYTES;
-    const unsigned long long q = describe_matrix(shared_address(q_tile), 0);
+  if (group == CONSUMERS - 1) end_turn(group);  // the first warpgroup begins
+  for (;;) {
+    Work work = await_work(queries);
+    if (work.row == NO_ROW) break;
     SoftmaxState state = {{lowest(), lowest()}, {{0.0f, 0.0f}, {0.0f, 0.0f}}, {1.0f, 1.0f}};
     if (work.first_tile == work.stop_tile) {
       float out[OUTPUTS] = {};
-      finish(out, state, q_tile, parameters, work, place, out_bytes, lse_bytes);
-    } else {
-      float out[OUTPUTS], scores[SCORES];
-      unsigned probabilities[SCORES / 2];
-      wait(&barriers->k_full[keys.stage], keys.parity);
-      fence_products();
-      start_scores(scores, q, moved_on(k, keys.stage * KEY_BYTES));
-      commit_products();
-      wait_for_products<0>();
-      release(&barriers->k_empty[keys.stage]);
-      keys.advance();
-      hide_keys(scores, work.first_tile);
-      update_softmax<true>(state, scores, scale_log2);
-      round_probabilities(probabilities, scores);
-      if (work.first_tile + 1 < work.stop_tile) wait(&barriers->k_full[keys.stage], keys.parity);
+      store_result(out, state);
+      continue;
+    }
+    float out[OUTPUTS], scores[SCORES];
+    unsigned probabilities[SCORES / 2];
+    Sight sight(problem, work.row + group * GROUP_ROWS);
+    wait(&barriers->k_full[keys.stage], keys.parity);
+    await_turn(group);
+    start_next_scores(scores, queries.stage);
+    end_turn(group);
+    wait_for_products<0>();
+    take_scores(scores, state, sight, work.first_tile, work.stop_tile, Constant<true>(), Constant<true>());
+    round_probabilities(probabilities, scores);
 
-      const auto take_tile = [&](int tile, auto hides) {
-        constexpr bool HIDES = decltype(hides)::value;
-        await_turn(place.group);
-        fence_products();
-        start_scores(scores, q, moved_on(k, keys.stage * KEY_BYTES));
-        commit_products();
-        wait(&barriers->v_full[values.stage], values.parity);
-        start_values(out, probabilities, moved_on(v, values.stage * KEY_BYTES), tile > work.first_tile + 1);
-        commit_products();
-        end_turn(place.group);
-        wait_for_products<1>();
-        release(&barriers->k_empty[keys.stage]);
-        keys.advance();
-        if constexpr (HIDES) hide_keys(scores, tile);
-        update_softmax<false>(state, scores, scale_log2);
-        // The compiler moves no exponential past this wait, so that they overlap with the products under way.
-        settle(scores), settle(state.row_sum[0]), settle(state.row_sum[1]);
-        if (tile + 1 < work.stop_tile) wait(&barriers->k_full[keys.stage], keys.parity);
-        wait_for_products<0>();
-        release(&barriers->v_empty[values.stage]);
-        values.advance();
+    for (;;) {
+      // The scores of a tile, and meanwhile the values of the one before.
+      const auto take_tile = [&](int tile, auto hides, auto hidden_before) {
+        const bool adds = tile > work.first_tile + 1;
+        bool is_added = false;
+        if constexpr (MASKED && decltype(hidden_before)::value) {
+          is_added = add_special_values(out, probabilities, sight, tile - 1, adds);
+        }
+        await_turn(group);
+        if (is_added) {
+          start_next_scores(scores, queries.stage);
+          end_turn(group);
+          wait_for_products<0>();
+          take_scores(scores, state, sight, tile, work.stop_tile, Constant<false>(), hides);
+        } else {
+          start_next_scores(scores, queries.stage);
+          start_next_values(out, probabilities, adds);
+          end_turn(group);
+          wait_for_products<1>();
+          take_scores(scores, state, sight, tile, work.stop_tile, Constant<false>(), hides);
+          wait_for_products<0>();
+          release_values();
+        }
         round_probabilities(probabilities, scores);
         // Most tiles raise no maximum of a warp's rows: a correction by 1 changes no bit.
-        if (any_lane(state.correction[0] != 1.0f || state.correction[1] != 1.0f)) {
+        if (!SKIPS_CORRECTIONS || any_lane(state.correction[0] != 1.0f || state.correction[1] != 1.0f)) {
 #pragma unroll
           for (int i = 0; i < OUTPUTS; i++) out[i] = __fmul_rn(out[i], state.correction[i / 2 % 2]);
         }
       };
       int tile = work.first_tile + 1;
+      const int stop_whole = min(work.stop_tile, sight.stop_whole());
       if (MASKED) {
-        for (; tile < min(work.stop_tile, first_whole); tile++) take_tile(tile, Constant<true>());
+        const int first_whole = min(work.stop_tile, sight.first_whole());
+        for (; tile < first_whole; tile++) take_tile(tile, Constant<true>(), Constant<true>());
+        if (tile < stop_whole) take_tile(tile++, Constant<false>(), Constant<true>());
       }
-      for (; tile < min(work.stop_tile, stop_whole); tile++) take_tile(tile, Constant<false>());
-      for (; tile < work.stop_tile; tile++) take_tile(tile, Constant<true>());
-      wait(&barriers->v_full[values.stage], values.parity);
-      fence_products();
-      start_values(out, probabilities, moved_on(v, values.stage * KEY_BYTES), work.first_tile + 1 < work.stop_tile);
-      commit_products();
-      wait_for_products<0>();
-      release(&barriers->v_empty[values.stage]);
-      values.advance();
-      finish(out, state, q_tile, parameters, work, place, out_bytes, lse_bytes);
+      for (; tile < stop_whole; tile++) take_tile(tile, Constant<false>(), Constant<false>());
+      for (; tile < work.stop_tile; tile++) take_tile(tile, Constant<true>(), Constant<true>());
+
+      const bool adds = work.first_tile + 1 < work.stop_tile;
+      const bool is_added = MASKED && add_special_values(out, probabilities, sight, work.stop_tile - 1, adds);
+      if (GOES_ON && !is_added) {
+        // The first scores of the next query tile, and meanwhile the last values of this one.
+        Ring<QUERY_STAGES> ahead = queries;
+        ahead.advance();
+        const Work next = await_work(ahead);
+        if (next.first_tile < next.stop_tile) {
+          SoftmaxState next_state = {{lowest(), lowest()}, {{0.0f, 0.0f}, {0.0f, 0.0f}}, {1.0f, 1.0f}};
+          sight.turn_to(next.row + group * GROUP_ROWS);
+          wait(&barriers->k_full[keys.stage], keys.parity);
+          await_turn(group);
+          start_next_scores(scores, ahead.stage);
+          start_next_values(out, probabilities, adds);
+          end_turn(group);
+          wait_for_products<1>();
+          take_scores(
+              scores, next_state, sight, next.first_tile, next.stop_tile, Constant<true>(), Constant<true>());
+          wait_for_products<0>();
+          release_values();
+          round_probabilities(probabilities, scores);
+          store_result(out, state);
+          work = next, state = next_state;
+          continue;
+        }
+      }
+      if (!is_added) {
+        start_next_values(out, probabilities, adds);
+        wait_for_products<0>();
+        release_values();
+      }
+      store_result(out, state);
+      break;
     }
-    release(&barriers->q_empty[queries.stage][place.group]);
-    queries.advance();
   }
   out_bytes.flush(), lse_bytes.flush();
 }

@@ -5,7 +5,7 @@
 // by the row's number modulo 8 ("128-byte swizzle"). Slabs start at multiples of 1024 bytes.
 #pragma once
 
-#include "arithmetic.cuh"
+#include "tensor_cores.cuh"
 
 constexpr int SLAB_COLUMNS = 64;
 constexpr int SLAB_ROW_BYTES = 128;
@@ -21,8 +21,6 @@ using Barrier = unsigned long long;
 struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };
-
-DEVICE unsigned shared_address(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
 
 // Barriers
 
@@ -144,6 +142,24 @@ DEVICE void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
+// A barrier of some of the block's warps that tells whether any of their threads says so.
+DEVICE bool sync_named_any(int number, int threads, bool given) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred given, any;\n"
+      "setp.ne.b32 given, %1, 0;\n"
+      "barrier.cta.red.or.pred any, %2, %3, given;\n"
+      "selp.b32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(static_cast<int>(given)), "r"(number), "r"(threads)
+      : "memory");
+  return any;
+}
+
+DEVICE int first_lane(int number) { return __shfl_sync(ALL_LANES, number, 0); }
+
 DEVICE bool any_lane(bool condition) { return __any_sync(ALL_LANES, condition); }
 
 // Matrices of 8 x 8 numbers of 16 bits
@@ -154,44 +170,6 @@ DEVICE void store_matrices(void* shared, unsigned first, unsigned second, unsign
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)),
                "r"(first), "r"(second), "r"(third), "r"(fourth)
                : "memory");
-}
-
-// Special functions of the hardware, subnormal numbers taken for 0
-
-DEVICE float exp2_approximate(float x) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-  return power;
-}
-
-DEVICE float log2_approximate(float x) {
-  float logarithm;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(logarithm) : "f"(x));
-  return logarithm;
-}
-
-DEVICE float reciprocal_approximate(float x) {
-  float reciprocal;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
-  return reciprocal;
-}
-
-// Round two numbers to a storage format, to nearest even; the first goes to the lower half.
-template <class Stored>
-DEVICE unsigned round_pair(float first, float second);
-
-template <>
-DEVICE unsigned round_pair<float16>(float first, float second) {
-  unsigned pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-}
-
-template <>
-DEVICE unsigned round_pair<bfloat16>(float first, float second) {
-  unsigned pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
 }
 
 // Products of a warpgroup, 64 rows
