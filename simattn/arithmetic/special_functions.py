@@ -87,7 +87,7 @@ class Table:
     bias
         Constant that is added, in the unit of the sum.
     reduction
-        One of :data:`REDUCTIONS`, of ex2 alone.
+        "complement", "negative" or "floor", of ex2 alone.
     """
 
     rows: Values

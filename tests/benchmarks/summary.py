@@ -23,6 +23,7 @@ BARS = {
     "import_milliseconds_over_numpy": "≤ 50",
     "first_count_milliseconds_over_numpy": "",
     "report_seconds_from_a_cold_start": "≤ 60",
+    "hopper_giga_multiply_adds_per_second": "≥ 1.1",
 }
 MEANINGS = {
     "flash2_over_numpy": '`run("flash2")`, N = 4096, d = 128, one head, float32, over in-place NumPy softmax(QKᵀ)V',
@@ -36,6 +37,8 @@ MEANINGS = {
     "import_milliseconds_over_numpy": "`import simattn` after `import numpy`; ms",
     "first_count_milliseconds_over_numpy": "the same with a first count, which loads what it needs; ms",
     "report_seconds_from_a_cold_start": "`simattn report`; s",
+    "hopper_giga_multiply_adds_per_second": '`run("flash3", arithmetic="hopper")`, N = 4096, d = 128, one head, bf16; '
+    "G multiply-adds of its products a second",
 }
 
 
@@ -62,6 +65,8 @@ def measured(benchmarks: dict[str, Any]) -> dict[str, float]:
         "import_milliseconds_over_numpy": 1e3 * imports["seconds_over_numpy"],
         "first_count_milliseconds_over_numpy": 1e3 * imports["seconds_over_numpy_with_a_first_count"],
         "report_seconds_from_a_cold_start": median("test_report_from_a_cold_start"),
+        "hopper_giga_multiply_adds_per_second": 1e-9
+        * benchmarks["test_hopper_arithmetic_simulates_fast[bfloat16]"]["extra_info"]["multiply_adds_per_second"],
     }
 
 

@@ -18,8 +18,12 @@ import numpy as np
 import pytest
 
 import simattn
+from simattn.arithmetic.formats import numpy_dtype
 
 COUNT_BAR_SECONDS = 0.020
+HOPPER_BAR = 1.1e9
+"""Multiplications and additions a second of tensor-core arithmetic, on two cores."""
+
 LENGTHS = (1 << 20, 10**12)
 MASKS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -116,6 +120,22 @@ def test_flash2_simulates_nearly_as_fast_as_numpy(benchmark: Any, causal: bool) 
     benchmark.extra_info.update(simulated_seconds=ours, numpy_seconds=numpy, median_ratio=ratio)
     benchmark.pedantic(simulated, rounds=3)
     assert ratio <= 1.5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_hopper_arithmetic_simulates_fast(benchmark: Any, dtype: str) -> None:
+    length, head_dim = 4096, 128
+    random = np.random.default_rng(0)
+    q, k, v = random.standard_normal((3, 1, length, 1, head_dim)).astype(numpy_dtype(dtype))
+
+    def simulated() -> Any:
+        return simattn.run("flash3", q, k, v, arithmetic="hopper").out
+
+    simulated()
+    benchmark.pedantic(simulated, rounds=5)
+    rate = 2 * length**2 * head_dim / benchmark.stats.stats.min
+    benchmark.extra_info["multiply_adds_per_second"] = rate
+    assert rate >= HOPPER_BAR
 
 
 def test_flash2_simulates_in_linear_memory(benchmark: Any) -> None:
