@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cupy_kernels.parameters import STORAGE_TYPES
 from cupy_kernels.program import Program
 from simattn.hardware import Hardware
 from simattn.plan import Direction, Plan
@@ -17,6 +18,10 @@ DefaultPlan = Callable[[AttentionProblem, Hardware, bool], Plan]
 
 def _refuses_nothing(problem: AttentionProblem, hardware: Hardware) -> str | None:
     return None
+
+
+def _on_cuda_cores(problem: AttentionProblem, plan: Plan) -> str:
+    return "simt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,8 @@ class KernelAlgorithm:
         Whether a plan's backward pass returns the same bits every time for a problem.
     refusal
         Why there is no kernel for a problem on a GPU, whatever the plan; None if there is one.
+    arithmetic
+        The simulated machine's arithmetic whose bits a plan's kernels have.
     """
 
     name: str
@@ -48,3 +55,10 @@ class KernelAlgorithm:
     saved: tuple[str, ...]
     is_deterministic: Callable[[AttentionProblem, Any], bool]
     refusal: Callable[[AttentionProblem, Hardware], str | None] = _refuses_nothing
+    arithmetic: Callable[[AttentionProblem, Any], str] = _on_cuda_cores
+
+    def dtypes(self, hardware: Hardware) -> tuple[str, ...]:
+        """Return the storage formats that there are kernels for on a GPU; none if there are no kernels for it."""
+        return tuple(
+            dtype for dtype in STORAGE_TYPES if self.refusal(AttentionProblem(q_len=1, dtype=dtype), hardware) is None
+        )

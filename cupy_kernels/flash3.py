@@ -7,8 +7,7 @@ are.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import heapq
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ from cupy_kernels.parameters import check_plan as check_every_plan
 from cupy_kernels.program import Boxes, Kernel, Program, Step, forward_results, inputs, macros, program_of, table
 from simattn.algorithms.flash3 import Flash3Plan, is_masked
 from simattn.hardware import Hardware
-from simattn.plan import Plan, Tiles
+from simattn.plan import Tiles
 from simattn.problem import AttentionProblem
 from simattn.sums import ceil_div
 
@@ -65,6 +64,7 @@ TILE_OVERHEAD = 1.5
 """What a query tile costs besides the tiles of keys that it visits, in tiles of keys."""
 
 LARGEST_TILE_NUMBER = (1 << 31) - 1
+LAST_OF_BLOCK = 1 << 31
 
 # Plans
 
@@ -180,10 +180,10 @@ def forward(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardware) -> 
     if tiles + hardware.streaming_multiprocessors > LARGEST_TILE_NUMBER:
         raise ValueError(f"{kernel.function} has {tiles} query tiles for this problem: expected fewer, a smaller batch")
     blocks = min(hardware.streaming_multiprocessors, tiles)
-    scheduled = table("schedule", tiles if is_masked(problem) else 0)
-    arrays = (*inputs(problem), *forward_results(problem), scheduled)
+    words = schedule(problem, plan, blocks) if is_masked(problem) else np.zeros(0, np.int32)
+    arrays = (*inputs(problem), *forward_results(problem), table("schedule", len(words)))
     step = Step(kernel, blocks, tuple(array.name for array in arrays))
-    return program_of(problem, arrays, [step], {"schedule": functools.partial(schedule, problem, plan, blocks)})
+    return program_of(problem, arrays, [step], {"schedule": words})
 
 
 # The order of query tiles
@@ -216,30 +216,35 @@ def key_tiles(problem: AttentionProblem, plan: Flash3Plan) -> npt.NDArray[np.int
     return np.where(first_key < stop_key, visited, 0)
 
 
-def schedule(problem: AttentionProblem, plan: Flash3Plan, blocks: int) -> npt.NDArray[np.int32]:
-    """Return the query tiles in the order in which thread blocks take them in turn, if there is a mask.
+def assignment(problem: AttentionProblem, plan: Flash3Plan, blocks: int) -> list[list[int]]:
+    """Return the query tiles of every thread block, each at least one, in order.
 
     The L2 cache holds the keys and values of the matrices that are worked on at a time. Of these, the tiles that visit
-    most keys come first, and in each turn the blocks with the least work behind them take the longest.
+    most keys come first, each for the block that has the least to do so far.
     """
-    if not is_masked(problem):
-        return np.zeros(0, np.int32)
     matrices, costs = matrices_of(problem, plan), key_tiles(problem, plan)
     section = section_of(problem, plan)
-    ordered: list[npt.NDArray[Any]] = []
-    descending = np.argsort(-costs, kind="stable")
+    order = np.argsort(-costs, kind="stable").tolist()
+    times = (costs + TILE_OVERHEAD).tolist()
+    taken: list[list[int]] = [[] for _ in range(blocks)]
+    loads = [(0.0, block) for block in range(blocks)]
     for first in range(0, matrices, section):
-        present = np.arange(first, min(first + section, matrices))
-        ordered.append((present[None, :] * len(costs) + descending[:, None]).reshape(-1))
-    numbers = np.concatenate(ordered) if ordered else np.zeros(0, np.int64)
-    loads = np.zeros(blocks)
-    for start in range(0, len(numbers), blocks):
-        turn = numbers[start : start + blocks]
-        lightest = np.argsort(loads[: len(turn)], kind="stable")
-        longest = turn[np.argsort(-costs[turn % len(costs)], kind="stable")]
-        numbers[start + lightest] = longest
-        loads[lightest] += costs[longest % len(costs)] + TILE_OVERHEAD
-    return numbers.astype(np.int32)
+        for tile in order:
+            for matrix in range(first, min(first + section, matrices)):
+                load, block = loads[0]
+                taken[block].append(matrix * len(order) + tile)
+                heapq.heapreplace(loads, (load + times[tile], block))
+    return taken
+
+
+def schedule(problem: AttentionProblem, plan: Flash3Plan, blocks: int) -> npt.NDArray[np.int32]:
+    """Return the first tile of every thread block, then their second ones and so on; a block's last one is marked."""
+    taken = assignment(problem, plan, blocks)
+    words = np.zeros((max(map(len, taken), default=0), blocks), np.uint32)
+    for block, tiles in enumerate(taken):
+        words[: len(tiles), block] = tiles
+        words[len(tiles) - 1, block] |= LAST_OF_BLOCK
+    return words.reshape(-1).view(np.int32)
 
 
 def section_of(problem: AttentionProblem, plan: Flash3Plan) -> int:
@@ -249,17 +254,13 @@ def section_of(problem: AttentionProblem, plan: Flash3Plan) -> int:
     return min(matrices_of(problem, plan), key_matrices * (problem.group_size // plan.packed_heads))
 
 
-def is_deterministic(problem: AttentionProblem, plan: Plan) -> bool:
-    """Say whether a plan's bits repeat: always."""
-    return True
-
-
 ALGORITHM = KernelAlgorithm(
     name="flash3",
     plan_class=Flash3Plan,
     default_plans={"forward": default_forward_plan},
     programs={"forward": forward},
     saved=("out", "lse"),
-    is_deterministic=is_deterministic,
+    is_deterministic=lambda problem, plan: True,
     refusal=refusal,
+    arithmetic=lambda problem, plan: "hopper",
 )

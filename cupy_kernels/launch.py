@@ -192,7 +192,7 @@ class Launch:
         }
         self.slot = {array.name: slot for slot, array in enumerate(program.arrays)}
         self._tables = [
-            (self.slot[array.name], _table_on_device(program.tables[array.name]()))
+            (self.slot[array.name], _table_on_device(program.tables[array.name]))
             for array in program.with_role("table")
         ]
 

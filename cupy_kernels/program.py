@@ -6,7 +6,7 @@ The same program runs on a GPU and in the CPU build.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -221,7 +221,7 @@ class Program:
     problem: AttentionProblem
     arrays: tuple[Array, ...]
     steps: tuple[Step, ...]
-    tables: Mapping[str, Callable[[], npt.NDArray[Any]]] = field(default_factory=dict)
+    tables: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     @functools.cached_property
     def array(self) -> Mapping[str, Array]:
@@ -263,7 +263,7 @@ def program_of(
     problem: AttentionProblem,
     arrays: Iterable[Array],
     steps: Iterable[Step],
-    tables: Mapping[str, Callable[[], npt.NDArray[Any]]] | None = None,
+    tables: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> Program:
     """Return a program of the steps that have something to do."""
     return Program(problem, tuple(arrays), tuple(step for step in steps if step.blocks), tables or {})

@@ -1,8 +1,9 @@
 """Hold the kernels against the simulated machine on random problems: every bit and every byte counted.
 
 ``python -m cupy_kernels.verify --problems 10000 --seed 1 --output FILE`` draws problems, each from its own seed,
-simulates them on all CPU cores in ``simt`` arithmetic while the device computes them, and writes a summary. A run that
-was stopped goes on where it was when it is started again with the same file. The exit code is 1 if anything differed.
+simulates them on all CPU cores in the kernels' arithmetic while the device computes them, and writes a summary. A run
+that was stopped goes on where it was when it is started again with the same file. The exit code is 1 if anything
+differed.
 
 Under ``compute-sanitizer``, ``--longest 100 --without-memory-pool`` keeps problems small and every array in memory of
 its own, so that accesses outside it are seen.
@@ -42,6 +43,7 @@ from cupy_kernels.program import SQUARE_ROW_MULTIPLE
 from cupy_kernels.table import ALGORITHMS, default_plan, make_program
 from simattn import AttentionProblem, Tiles, Traffic, run, run_backward
 from simattn.arithmetic.formats import numpy_dtype
+from simattn.hardware import get_hardware
 from simattn.plan import Direction, Plan
 from simattn.planning import DEFAULT_HARDWARE
 from simattn.testing import Inputs, attention_inputs, attention_problems
@@ -61,6 +63,7 @@ PLAN_FIELDS: dict[str, tuple[Any, ...]] = {
     "softmax_passes": (1, 2, 3),
     "hbm_accumulator": ("float32", "storage"),
 }
+PACKED_HEADS = (1, 2, 4, 8)
 """Fields of plans, where an algorithm's has them, and what is drawn for them."""
 
 LONGEST = 300
@@ -156,11 +159,12 @@ class Expected:
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> Layout:
+def layouts(draw: st.DrawFn, *, may_reverse: bool = True) -> Layout:
     """Draw a layout; half of them are contiguous."""
     if draw(st.booleans()):
         return Layout()
-    return Layout(draw(st.permutations((0, 1, 2)).map(tuple)), draw(st.sampled_from((0, 8, 24))), draw(st.booleans()))
+    order, padding = draw(st.permutations((0, 1, 2)).map(tuple)), draw(st.sampled_from((0, 8, 24)))
+    return Layout(order, padding, may_reverse and draw(st.booleans()))
 
 
 @st.composite
@@ -171,9 +175,13 @@ def plans(draw: st.DrawFn, problem: AttentionProblem, algorithm: str, direction:
     """
     deterministic = direction == "backward" and draw(st.booleans())
     plan = default_plan(problem, algorithm=algorithm, direction=direction, deterministic=deterministic)
+    changes: dict[str, Any] = {}
+    if hasattr(plan, "packed_heads"):
+        sizes = [size for size in PACKED_HEADS if problem.group_size % size == 0]
+        changes["packed_heads"] = draw(st.sampled_from(sizes))
+        plan = replace(plan, **changes)
     if column_bucket(problem) not in OTHER_PLANS_COLUMNS:
         return plan
-    changes: dict[str, Any] = {}
     if draw(st.integers(0, 3)) == 0:
         changes["tiles"] = draw(st.sampled_from(OTHER_TILES))
     relevant = {"softmax_passes", "hbm_accumulator"} | (
@@ -217,7 +225,14 @@ def cases(
     algorithm = draw(st.sampled_from(tuple(algorithms or ALGORITHMS)))
     direction = draw(st.sampled_from([name for name in directions if name in ALGORITHMS[algorithm].programs]))
     problem = draw(
-        attention_problems(max_batch=3, max_heads=max_heads, max_len=max_len, head_dims=head_dims, block_sparse=False)
+        attention_problems(
+            max_batch=3,
+            max_heads=max_heads,
+            max_len=max_len,
+            head_dims=head_dims,
+            dtypes=ALGORITHMS[algorithm].dtypes(get_hardware(DEFAULT_HARDWARE)),
+            block_sparse=False,
+        )
     )
     plan = draw(plans(problem, algorithm, direction))
     is_backward = direction == "backward"
@@ -228,7 +243,12 @@ def cases(
             if array.size:
                 places = generator.integers(0, array.size, draw(st.integers(0, 4)))
                 array.reshape(-1)[places] = generator.choice(SPECIAL_VALUES, len(places)).astype(array.dtype)
-    return Case(algorithm, direction, problem, plan, inputs, {name: draw(layouts()) for name in inputs})
+    # Tensor maps take no rows from last to first.
+    may_reverse = not any(
+        step.kernel.boxes for step in make_program(algorithm, direction, problem, plan, DEFAULT_HARDWARE).steps
+    )
+    drawn_layouts = {name: draw(layouts(may_reverse=may_reverse)) for name in inputs}
+    return Case(algorithm, direction, problem, plan, inputs, drawn_layouts)
 
 
 def random_case(
@@ -301,19 +321,16 @@ def draw_case(number: int, index: int, longest: int = LONGEST, **options: Any) -
 def simulate(case: Case) -> Expected:
     """Run a case on the simulated machine, a backward case after its forward pass."""
     problem, arrays = case.problem, [case.inputs[name] for name in "qkv"]
-    options: dict[str, Any] = {
-        "scale": problem.scale,
-        "causal": problem.causal,
-        "window": problem.window,
-        "arithmetic": "simt",
-    }
+    options: dict[str, Any] = {"scale": problem.scale, "causal": problem.causal, "window": problem.window}
+    arithmetic_of = ALGORITHMS[case.algorithm].arithmetic
     plan = case.plan
     if case.direction == "backward":
         plan = default_plan(problem, algorithm=case.algorithm)
-    done = run(case.algorithm, *arrays, **options, plan=plan)
+    done = run(case.algorithm, *arrays, **options, arithmetic=arithmetic_of(problem, plan), plan=plan)
     if case.direction == "backward":
         assert done.saved is not None
         saved = dict(done.saved)
+        options["arithmetic"] = arithmetic_of(problem, case.plan)
         q, k, v = arrays
         done = run_backward(case.algorithm, q, k, v, case.inputs["dout"], **options, plan=case.plan, saved=saved)
     else:

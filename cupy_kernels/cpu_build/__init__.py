@@ -329,8 +329,8 @@ def run_program(
                 f"{array.numpy_dtype}"
             )
         memory[array.name].values[...] = values
-    for name, values_of in program.tables.items():
-        memory[name].values[...] = values_of()
+    for name, values in program.tables.items():
+        memory[name].values[...] = values
     traffic = Traffic()
     for step in program.steps:
         traffic = traffic + _run_step(program, step, memory, order, copies, seed, kernels)
