@@ -313,8 +313,8 @@ def run(
         For eight-bit storage: factors of shape (batch, kv_heads), default 1.
     arithmetic
         "float32" (NumPy, outputs rounded to their storage format), "float64" (the oracle, nothing rounded) or, where
-        the algorithm fixes the order of every operation, "simt" (the bits of its CUDA-core kernels) or "hopper" (the
-        bits of its tensor-core kernels, of 16-bit inputs).
+        the algorithm fixes the order of every operation, "simt" (the bits of its CUDA-core kernels) or, of 16-bit
+        inputs, "hopper" (those of its kernel on wgmma) or "mma" (those of its kernel on mma.sync, on Hopper).
     plan, hardware, sram_bytes, **options
         As for :func:`profile`.
 

@@ -108,7 +108,7 @@ def _plan_of_kind(
     defaults: dict[str, Any] = {"accumulators": "registers" if kind == "gpu" else "sram"}
     if kind == "paper":
         defaults["enforce_capacity"] = False
-    settings = {**algorithm.plan_defaults(problem, direction, kind), **defaults, **options}
+    settings = {**algorithm.plan_defaults(problem, direction, kind, gpu), **defaults, **options}
     if "tiles" in settings:
         made = algorithm.plan_class(**settings)
     else:

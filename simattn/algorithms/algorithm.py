@@ -22,7 +22,7 @@ def declare_output_and_lse(machine: Machine, problem: AttentionProblem, plan: Pl
     machine.array("lse", problem.q_len, 1, role="saved")
 
 
-def _no_defaults(problem: AttentionProblem, direction: Direction, kind: PlanKind) -> dict[str, Any]:
+def _no_defaults(problem: AttentionProblem, direction: Direction, kind: PlanKind, hardware: Hardware) -> dict[str, Any]:
     return {}
 
 
@@ -60,7 +60,7 @@ class Algorithm:
     declare_saved
         Declares, besides q, k and v, the arrays that the forward pass leaves for the backward pass.
     plan_defaults
-        Plan fields that differ from the class's defaults: (problem, direction, kind of plan) → fields.
+        Plan fields that differ from the class's defaults: (problem, direction, kind of plan, hardware) → fields.
     complete_plan
         Settles what depends on the tiles: (problem, plan, SRAM bytes) → plan.
     """
@@ -78,7 +78,7 @@ class Algorithm:
     chunks_columns: bool = False
     exact_arithmetics: Mapping[Direction, tuple[str, ...]] = field(default_factory=dict)
     declare_saved: Callable[[Machine, AttentionProblem, Any], None] = declare_output_and_lse
-    plan_defaults: Callable[[AttentionProblem, Direction, PlanKind], dict[str, Any]] = _no_defaults
+    plan_defaults: Callable[[AttentionProblem, Direction, PlanKind, Hardware], dict[str, Any]] = _no_defaults
     complete_plan: Callable[[AttentionProblem, Any, int], Any] = _already_complete
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from simattn.algorithms import forms
 from simattn.algorithms.algorithm import Algorithm
@@ -28,7 +28,7 @@ from simattn.algorithms.steps import (
 )
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine
-from simattn.plan import Direction, Plan, Tiles, candidates, check_choice, check_flag
+from simattn.plan import Direction, Plan, PlanKind, Tiles, candidates, check_choice, check_flag
 from simattn.problem import AttentionProblem, checked_integer
 from simattn.sums import ceil_div
 from simattn.traffic import Traffic
@@ -42,6 +42,10 @@ class Flash2Plan(Plan):
 
     Attributes
     ----------
+    units
+        What multiplies matrices in the forward pass on a GPU, "cuda_cores" in float32 or "tensor_cores", of compute
+        capability 8.0 and later, in the inputs' 16-bit format. It changes no count; the bits of a kernel are those of
+        the arithmetic "simt" or "mma".
     dq
         How the backward pass sums dQ over key tiles: "reduce" (fp32 reduction into memory, then a conversion),
         "load_add_store" (the paper's Algorithm 2: key tiles in order, dQ read, added to and written back) or
@@ -57,6 +61,7 @@ class Flash2Plan(Plan):
         Whether eight-bit values are transposed in SRAM, as tensor cores that take them only so require.
     """
 
+    units: Literal["cuda_cores", "tensor_cores"] = "cuda_cores"
     dq: Literal["reduce", "load_add_store", "deterministic"] = "reduce"
     stages: int = 1
     stage_probabilities: bool = False
@@ -65,6 +70,7 @@ class Flash2Plan(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("units", self.units, ("cuda_cores", "tensor_cores"))
         check_choice("dq", self.dq, ("reduce", "load_add_store", "deterministic"))
         checked_integer("stages", self.stages, 1)
         check_flag("stage_probabilities", self.stage_probabilities)
@@ -272,8 +278,30 @@ def fit_tiles(problem: AttentionProblem, size: int, direction: Direction) -> Til
     return Tiles(q=size, kv=inner) if direction == "forward" else Tiles(q=inner, kv=size)
 
 
+TENSOR_CORE_DTYPES = ("float16", "bfloat16")
+FIRST_TENSOR_CORES = (8, 0)
+"""Compute capability from which the kernel on tensor cores runs."""
+
+
+def plan_defaults(
+    problem: AttentionProblem, direction: Direction, kind: PlanKind, hardware: Hardware
+) -> dict[str, Any]:
+    """Return what a GPU's forward pass multiplies with: its tensor cores, if they take the format."""
+    if kind == "gpu" and direction == "forward" and has_tensor_cores(problem, hardware):
+        return {"units": "tensor_cores"}
+    return {}
+
+
+def has_tensor_cores(problem: AttentionProblem, hardware: Hardware) -> bool:
+    """Say whether a GPU has tensor cores that the kernel's forward pass runs on."""
+    return problem.dtype in TENSOR_CORE_DTYPES and hardware.compute_capability >= FIRST_TENSOR_CORES
+
+
 def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:
-    """Return the tiles that FlashAttention-2's kernels use by head dimension, then smaller ones."""
+    """Return the tiles that FlashAttention-2's kernels use by head dimension, then smaller ones.
+
+    Those of the forward pass are the fastest on the tensor cores of an H100 too.
+    """
     columns = max(problem.head_dim, problem.value_dim)
     if direction == "forward":
         return candidates("forward", (128, 128) if columns <= 64 else (128, 64))
@@ -291,5 +319,6 @@ ALGORITHM = Algorithm(
     paper_tiles=paper_tiles,
     fit_tiles=fit_tiles,
     gpu_tiles=gpu_tiles,
-    exact_arithmetics={"forward": ("simt",), "backward": ("simt",)},
+    plan_defaults=plan_defaults,
+    exact_arithmetics={"forward": ("simt", "mma"), "backward": ("simt",)},
 )

@@ -7,7 +7,7 @@ inputs are taken forward. Bytes between memory and multiprocessor are those of F
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from simattn.algorithms import flash2
 from simattn.algorithms.algorithm import Algorithm
@@ -31,6 +31,7 @@ class Flash3Plan(flash2.Flash2Plan):
         values are loaded once for all of them.
     """
 
+    units: Literal["cuda_cores", "tensor_cores"] = "tensor_cores"
     stages: int = 2
     stage_results: bool = True
     transpose_float8_values: bool = True
@@ -119,7 +120,9 @@ def is_masked(problem: AttentionProblem) -> bool:
     return problem.causal or problem.window is not None
 
 
-def plan_defaults(problem: AttentionProblem, direction: Direction, kind: PlanKind) -> dict[str, Any]:
+def plan_defaults(
+    problem: AttentionProblem, direction: Direction, kind: PlanKind, hardware: Hardware
+) -> dict[str, Any]:
     """Return how the published kernels stage their tiles; everything is in SRAM already unless on a GPU's plan."""
     columns = max(problem.head_dim, problem.value_dim)
     if kind != "gpu":

@@ -237,6 +237,11 @@ def get_arithmetic(name: str) -> FloatArithmetic:
         from simattn.arithmetic.hopper import HOPPER
 
         return HOPPER
+    if name == "mma":
+        from simattn.arithmetic.hopper import MMA
+
+        return MMA
     if name not in ARITHMETICS:
-        raise ValueError(f"arithmetic={name!r} is unknown; expected one of {[*sorted(ARITHMETICS), 'simt', 'hopper']}")
+        known = [*sorted(ARITHMETICS), "simt", "hopper", "mma"]
+        raise ValueError(f"arithmetic={name!r} is unknown; expected one of {known}")
     return ARITHMETICS[name]

@@ -1,4 +1,7 @@
-"""The arithmetic of Hopper's fast forward kernels, bit for bit: tensor-core products, the hardware's exponential.
+"""The arithmetic of the fast forward kernels, bit for bit: tensor-core products, the hardware's exponential.
+
+"hopper" is that of the kernel on wgmma, "mma" that of the kernel on mma.sync; on Hopper both add products in the same
+way. Other generations' mma.sync adds them in others, and no bits are promised there.
 
 Scores and row maxima are kept as products, not scaled: scale · log₂e is multiplied in where exponentials are taken, in
 base two. The log-sum-exp is natural.
@@ -7,7 +10,7 @@ base two. The log-sum-exp is natural.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,15 +55,15 @@ class HopperArithmetic(FloatArithmetic):
             If it is not defined for them.
         """
         if problem.dtype not in STORAGE_TYPES:
-            raise ValueError(f"arithmetic='hopper' with dtype={problem.dtype!r}: expected one of {STORAGE_TYPES}")
+            raise ValueError(f"arithmetic={self.name!r} with dtype={problem.dtype!r}: expected one of {STORAGE_TYPES}")
         with np.errstate(over="ignore", under="ignore"):
             factor = float(np.float32(problem.scale * math.log2(math.e)))
         if factor == 0 or not math.isfinite(factor):
             raise ValueError(
-                f"arithmetic='hopper' with scale={problem.scale}: expected a number whose product with log2(e) "
+                f"arithmetic={self.name!r} with scale={problem.scale}: expected a number whose product with log2(e) "
                 "float32 holds"
             )
-        return HopperArithmetic(factor=factor, storage=problem.dtype)
+        return replace(self, factor=factor, storage=problem.dtype)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -165,3 +168,4 @@ def _total(parts: Values) -> Values:
 
 
 HOPPER = HopperArithmetic()
+MMA = HopperArithmetic(name="mma")
