@@ -251,7 +251,7 @@ def section_of(problem: AttentionProblem, plan: Flash3Plan) -> int:
     """Return how many query matrices to work on at a time, so that the L2 cache holds their keys and values."""
     key_bytes = problem.kv_len * (problem.head_dim + problem.value_dim) * problem.item_bytes
     key_matrices = max(1, SECTION_BYTES // max(1, key_bytes))
-    return min(matrices_of(problem, plan), key_matrices * (problem.group_size // plan.packed_heads))
+    return max(1, min(matrices_of(problem, plan), key_matrices * (problem.group_size // plan.packed_heads)))
 
 
 ALGORITHM = KernelAlgorithm(

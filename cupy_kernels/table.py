@@ -108,9 +108,12 @@ def _algorithm_for(
     """
     chosen = get_algorithm(algorithm)
     if direction not in chosen.programs:
-        raise ValueError(
-            f"direction={direction!r}: expected one of {tuple(chosen.programs)}, which {chosen.name} has kernels for"
-        )
+        others = tuple(name for name, other in ALGORITHMS.items() if direction in other.programs)
+        if others:
+            raise ValueError(
+                f"algorithm={chosen.name!r} has no kernel for the {direction} pass: expected one of {others}"
+            )
+        raise ValueError(f"direction={direction!r}: expected one of {tuple(chosen.programs)}")
     check_supported(problem)
     refusal = chosen.refusal(problem, gpu)
     if refusal is not None:

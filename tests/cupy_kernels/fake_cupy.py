@@ -167,13 +167,14 @@ def installed(monkeypatch):
     """Make the stand-in what ``import cupy`` finds; yields the :class:`Kernels` that record."""
     import sys
 
-    from cupy_kernels import arrays, compiler, launch, verify
+    from cupy_kernels import arrays, compiler, launch, tensor_map, verify
 
     kernels = Kernels()
     caches = (arrays.require_cupy, launch.prepare, launch._loaded, launch.present_hardware)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "cupy", make_module())
         patch.setattr(compiler, "load", kernels.load)
+        patch.setattr(tensor_map.TensorMap, "encode", tensor_map.TensorMap.cpu_record)
         patch.setattr(compiler, "compiler_version", lambda: "stand-in")
         patch.setattr(compiler, "choose_architecture", lambda capability: "sm_90a")
         patch.setattr(verify, "precompile", lambda pool, variants, architecture: None)
