@@ -30,8 +30,8 @@ COLUMN_BUCKETS = (64, 96, 128, 192, 256)
 
 FORWARD_TILES: dict[int, Tiles] = {
     64: Tiles(q=192, kv=128),
-    96: Tiles(q=192, kv=128),
-    128: Tiles(q=128, kv=176),
+    96: Tiles(q=128, kv=128),
+    128: Tiles(q=128, kv=160),
     192: Tiles(q=128, kv=112),
     256: Tiles(q=128, kv=80),
 }
@@ -50,14 +50,14 @@ SMALLEST_KEY_TILE, LARGEST_KEY_TILE, KEY_MULTIPLE = 64, 256, 16
 
 SLAB_COLUMNS, SLAB_ROW_BYTES = 64, 128
 STAGES = 2
-BARRIER_BYTES, WORK_BYTES = 192, 32
+BARRIER_BYTES, WORK_BYTES = 256, 32
 """Shared memory for the barriers, and for each query tile's place."""
 
 WARP_ROWS = 16
 TURNS_COLUMNS = 128
 """Columns up to which the warpgroups issue their products in turns."""
 
-SECTION_BYTES = 32 << 20
+SECTION_BYTES = 9 << 20
 """Keys and values that are worked on at a time under a mask: what the L2 cache keeps beside the rest."""
 
 TILE_OVERHEAD = 1.5

@@ -41,10 +41,9 @@ constexpr int SLABS = (COLUMNS + SLAB_COLUMNS - 1) / SLAB_COLUMNS;
 constexpr int SCORES = KEY_ROWS / 2;   // of a thread, in two rows
 constexpr int OUTPUTS = COLUMNS / 2;
 constexpr bool SKIPS_CORRECTIONS = COLUMNS >= 128;  // worth a vote
-constexpr bool GOES_ON = QUERY_STAGES > 1;  // from the last products of a query tile to the first of the next
 constexpr int STEP = 16;               // contracted elements of a product
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? 24 : 32;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 : 160;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? (COLUMNS > 192 ? 24 : 40) : 32;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? (COLUMNS > 192 ? 240 : 232) : 160;
 
 // Shared memory in bytes: queries (stage, warpgroup, slab), keys and values (stage, slab), barriers, the query tiles'
 // places (stage).
@@ -56,7 +55,8 @@ constexpr int KEY_BYTES = SLABS * KEY_SLAB_BYTES;
 constexpr int K_OFFSET = QUERY_STAGES * QUERY_BYTES;
 constexpr int V_OFFSET = K_OFFSET + STAGES * KEY_BYTES;
 constexpr int BARRIERS_OFFSET = V_OFFSET + STAGES * KEY_BYTES;
-constexpr int BARRIERS_BYTES = 192;
+constexpr int BARRIERS_BYTES = 256;
+constexpr int INSPECTORS = 3;  // warps that look for infinite values and NaN
 constexpr int WORK_OFFSET = BARRIERS_OFFSET + BARRIERS_BYTES;
 constexpr int SHARED_BYTES = WORK_OFFSET + QUERY_STAGES * 32;
 
@@ -84,6 +84,8 @@ enum Flash3ForwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE, COU
 struct Barriers {
   Barrier q_full[QUERY_STAGES][CONSUMERS], q_empty[QUERY_STAGES][CONSUMERS];
   Barrier k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+  Barrier v_inspected[STAGES];
+  unsigned is_special[STAGES][INSPECTORS];
 };
 
 static_assert(sizeof(Barriers) <= BARRIERS_BYTES, "barriers fit");
@@ -153,7 +155,7 @@ class Schedule {
       is_last_ = word & LAST_OF_BLOCK;
       number = word & ~LAST_OF_BLOCK;
     }
-    turn_ += gridDim.x;
+    turn_ += here(gridDim.x);
     return work_of(parameters.problem, number);
   }
 
@@ -217,10 +219,6 @@ DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters
   ByteCounter v_bytes(parameters.counters + COUNT_V), schedule_bytes(parameters.counters + COUNT_SCHEDULE);
   Ring<QUERY_STAGES> queries;
   Ring<STAGES> keys, values;
-  const auto load_q = [&](const Work& work) {
-    load_queries(shared, barriers, parameters, work, queries, q_bytes);
-    queries.advance();
-  };
   const auto load_k = [&](const Work& work, int tile) {
     load_keys(
         shared + K_OFFSET + keys.stage * KEY_BYTES, &barriers->k_full[keys.stage], &barriers->k_empty[keys.stage],
@@ -235,20 +233,17 @@ DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters
     values.advance();
   };
   Schedule schedule;
-  Work work = schedule.next(parameters, schedule_bytes);
-  load_q(work);
-  while (work.row != NO_ROW) {
-    const Work next = schedule.next(parameters, schedule_bytes);
+  Work work;
+  do {
+    work = schedule.next(parameters, schedule_bytes);
     if (work.first_tile < work.stop_tile) load_k(work, work.first_tile);
+    load_queries(shared, barriers, parameters, work, queries, q_bytes);
+    queries.advance();
     for (int tile = work.first_tile; tile < work.stop_tile; tile++) {
       if (tile + 1 < work.stop_tile) load_k(work, tile + 1);
       load_v(work, tile);
-      // The next queries may have to wait for room until the tile before this one is stored.
-      if (GOES_ON && tile == work.first_tile) load_q(next);
     }
-    if (!GOES_ON || work.first_tile == work.stop_tile) load_q(next);
-    work = next;
-  }
+  } while (work.row != NO_ROW);
   q_bytes.flush(), k_bytes.flush(), v_bytes.flush(), schedule_bytes.flush();
 }
 
@@ -281,22 +276,20 @@ struct SoftmaxState {
 
 DEVICE float lowest() { return NEGATED ? infinity() : -infinity(); }
 
-// Which keys the warpgroup's rows see.
+// Which keys the rows of a query tile see.
 class Sight {
  public:
   DEVICE Sight(const Problem& problem, int packed_row) : problem_(problem), row_(packed_row) {}
 
-  DEVICE void turn_to(int packed_row) { row_ = packed_row; }
-
-  // Of a row of the warpgroup.
+  // Of a row of the tile.
   DEVICE int first_key(int row) const { return position(row) - problem_.window_left; }
   DEVICE int stop_key(int row) const {
     return MASKED ? min(problem_.kv_len, position(row) + problem_.window_right + 1) : problem_.kv_len;
   }
 
-  // Tiles before the first and from the second on hide keys from rows of the warpgroup.
+  // Tiles of keys before the first and from the second on hide keys from rows of the tile.
   DEVICE int first_whole() const {
-    return MASKED ? (max(0, first_key(GROUP_ROWS - 1)) + KEY_ROWS - 1) / KEY_ROWS : 0;
+    return MASKED ? (max(0, first_key(QUERY_ROWS - 1)) + KEY_ROWS - 1) / KEY_ROWS : 0;
   }
   DEVICE int stop_whole() const { return max(0, stop_key(0)) / KEY_ROWS; }
   DEVICE bool hides(int tile) const { return tile < first_whole() || tile >= stop_whole(); }
@@ -310,14 +303,15 @@ class Sight {
 };
 
 // Hide the keys of a tile that rows do not see.
-DEVICE void hide(float (&scores)[SCORES], const Sight& sight, int tile) {
+DEVICE void hide(float (&scores)[SCORES], const Sight& sight, int group, int tile) {
   const Place place;
+  const int group_row = group * GROUP_ROWS + place.row;
   const int before = tile * KEY_ROWS + 2 * place.quad;
   int first[2], stop[2];
 #pragma unroll
   for (int row = 0; row < 2; row++) {
-    first[row] = sight.first_key(place.row + 8 * row) - before;
-    stop[row] = sight.stop_key(place.row + 8 * row) - before;
+    first[row] = sight.first_key(group_row + 8 * row) - before;
+    stop[row] = sight.stop_key(group_row + 8 * row) - before;
   }
 #pragma unroll
   for (int i = 0; i < SCORES; i++) {
@@ -392,13 +386,14 @@ DEVICE void start_values(float (&out)[OUTPUTS], const unsigned (&probabilities)[
 // with a probability of 0 is NaN: row by row, the values that the row does not see taken for 0. The warp's tensor core
 // instructions add up as the warpgroup's do.
 DEVICE void add_seen_values(
-    float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], unsigned v, const Sight& sight, int tile) {
+    float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], unsigned v, const Sight& sight, int group,
+    int tile) {
   const Place place;
   const int matrix_row = place.lane % 16, matrix = place.lane / 16;
 #pragma unroll 1
   for (int row = 0; row < WARP_ROWS; row++) {
-    const int group_row = place.warp * WARP_ROWS + row;
-    const int first = sight.first_key(group_row) - tile * KEY_ROWS, stop = sight.stop_key(group_row) - tile * KEY_ROWS;
+    const int tile_row = group * GROUP_ROWS + place.warp * WARP_ROWS + row;
+    const int first = sight.first_key(tile_row) - tile * KEY_ROWS, stop = sight.stop_key(tile_row) - tile * KEY_ROWS;
     const bool takes = place.lane / 4 == row % 8;
 #pragma unroll
     for (int i = 0; i < OUTPUTS; i += 8) {
@@ -441,17 +436,48 @@ constexpr unsigned EXPONENTS = 0x7f807f80u;
 template <>
 constexpr unsigned EXPONENTS<float16> = 0x7c007c00u;
 
-// Whether a tile of values holds Inf or NaN; the warpgroup's threads share the work.
-DEVICE bool holds_special(unsigned v, int group) {
+// Whether an inspector's part of a tile of values holds Inf or NaN.
+DEVICE bool holds_special(unsigned v, int inspector) {
   constexpr unsigned UNITS = 0x80008000u - EXPONENTS<Stored>;  // what carries a field of all ones into the sign's place
   unsigned carried = 0;
-#pragma unroll 4
-  for (int offset = fresh_thread_index() % WARPGROUP * 16; offset < KEY_BYTES; offset += WARPGROUP * 16) {
+#pragma unroll 1
+  for (int offset = (inspector * WARP + threadIdx.x % WARP) * 16; offset < KEY_BYTES; offset += INSPECTORS * WARP * 16) {
     const Four words = load_shared(v + offset);
-    carried |= (words.x & EXPONENTS<Stored>) + UNITS | (words.y & EXPONENTS<Stored>) + UNITS;
-    carried |= (words.z & EXPONENTS<Stored>) + UNITS | (words.w & EXPONENTS<Stored>) + UNITS;
+    carried |= (words.x & EXPONENTS<Stored>) + UNITS;
+    carried |= (words.y & EXPONENTS<Stored>) + UNITS;
+    carried |= (words.z & EXPONENTS<Stored>) + UNITS;
+    carried |= (words.w & EXPONENTS<Stored>) + UNITS;
   }
-  return sync_named_any(2 + CONSUMERS + group, WARPGROUP, carried & 0x80008000u);
+  return any_lane(carried & 0x80008000u);
+}
+
+// Look through the tiles of values that hide keys from rows of the query tile.
+DEVICE void inspect(char* shared, Barriers* barriers, const Problem& problem, int inspector) {
+  Ring<QUERY_STAGES> queries;
+  Ring<STAGES> values;
+  for (;;) {
+    wait(&barriers->q_full[queries.stage][0], queries.parity);
+    const Work work = work_places(shared)[queries.stage];
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) arrive(&barriers->q_empty[queries.stage][0]);
+    queries.advance();
+    if (work.row == NO_ROW) break;
+    const Sight sight(problem, work.row);
+    const int first_whole = sight.first_whole(), stop_whole = sight.stop_whole();
+    for (int tile = work.first_tile; tile < work.stop_tile; tile++) {
+      wait(&barriers->v_full[values.stage], values.parity);
+      if (tile < first_whole || tile >= stop_whole) {
+        const bool is_special =
+            holds_special(shared_address(shared) + V_OFFSET + values.stage * KEY_BYTES, inspector);
+        if (threadIdx.x % WARP == 0) {
+          barriers->is_special[values.stage][inspector] = is_special;
+          arrive(&barriers->v_inspected[values.stage]);
+        }
+      }
+      if (threadIdx.x % WARP == 0) arrive(&barriers->v_empty[values.stage]);
+      values.advance();
+    }
+  }
 }
 
 // Which turn it is: the warpgroups' products are issued in turns.
@@ -530,23 +556,24 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
   const unsigned long long v = describe_matrix(v_tiles, KEY_SLAB_BYTES);
   Ring<QUERY_STAGES> queries;
   Ring<STAGES> keys, values;
+  unsigned inspected = 0;  // parities of what the inspectors announce next, by stage
   const auto release = [&](Barrier* barrier) {
     if (is_first_lane) arrive(barrier);
   };
   const auto queries_of = [&](int stage) {
     return shared + stage * QUERY_BYTES + group * QUERY_GROUP_BYTES;
   };
-  const auto await_work = [&](const Ring<QUERY_STAGES>& ring) -> Work {
-    wait(&barriers->q_full[ring.stage][group], ring.parity);
-    const Work work = work_places(shared)[ring.stage];
+  const auto await_work = [&]() -> Work {
+    wait(&barriers->q_full[queries.stage][group], queries.parity);
+    const Work work = work_places(shared)[queries.stage];
     // The same in all lanes, as the compiler would not know.
     return {first_lane(work.batch), first_lane(work.head), first_lane(work.row), first_lane(work.first_tile),
             first_lane(work.stop_tile)};
   };
-  const auto start_next_scores = [&](float (&scores)[SCORES], int stage) {
+  const auto start_next_scores = [&](float (&scores)[SCORES]) {
     fence_products();
     start_scores(
-        scores, describe_matrix(shared_address(queries_of(stage)), 0), moved_on(k, keys.stage * KEY_BYTES));
+        scores, describe_matrix(shared_address(queries_of(queries.stage)), 0), moved_on(k, keys.stage * KEY_BYTES));
     commit_products();
   };
   const auto start_next_values = [&](
@@ -564,19 +591,23 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     release(&barriers->v_empty[values.stage]);
     values.advance();
   };
-  // Under a mask, a tile whose keys not all rows of the warpgroup see, and whose values are infinite or NaN, is added
-  // another way; returns whether that was done.
+  // Under a mask, a tile whose keys not all rows see, and whose values are infinite or NaN, is added another way; returns
+  // whether that was done.
   const auto add_special_values = [&](
       float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], const Sight& sight, int tile, bool adds) {
     if (!MASKED || !sight.hides(tile)) return false;
-    const unsigned v_tile = v_tiles + values.stage * KEY_BYTES;
+    wait(&barriers->v_inspected[values.stage], inspected >> values.stage & 1);
+    inspected ^= 1 << values.stage;
+    unsigned is_special = 0;
+#pragma unroll
+    for (int i = 0; i < INSPECTORS; i++) is_special |= barriers->is_special[values.stage][i];
+    if (!first_lane(is_special)) return false;
     wait(&barriers->v_full[values.stage], values.parity);
-    if (!holds_special(v_tile, group)) return false;
     if (!adds) {
 #pragma unroll
       for (int i = 0; i < OUTPUTS; i++) out[i] = 0.0f;
     }
-    add_seen_values(out, probabilities, v_tile, sight, tile);
+    add_seen_values(out, probabilities, v_tiles + values.stage * KEY_BYTES, sight, group, tile);
     release_values();
     return true;
   };
@@ -586,7 +617,7 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
       float (&scores)[SCORES], SoftmaxState& state, const Sight& sight, int tile, int stop_tile, auto is_first,
       auto hides) {
     release_keys();
-    if constexpr (decltype(hides)::value) hide(scores, sight, tile);
+    if constexpr (decltype(hides)::value) hide(scores, sight, group, tile);
     update_softmax<decltype(is_first)::value>(state, scores, scale_log2);
     settle(scores), settle(state.row_sum[0]), settle(state.row_sum[1]);
     if (tile + 1 < stop_tile) wait(&barriers->k_full[keys.stage], keys.parity);
@@ -600,7 +631,7 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
 
   if (group == CONSUMERS - 1) end_turn(group);  // the first warpgroup begins
   for (;;) {
-    Work work = await_work(queries);
+    const Work work = await_work();
     if (work.row == NO_ROW) break;
     SoftmaxState state = {{lowest(), lowest()}, {{0.0f, 0.0f}, {0.0f, 0.0f}}, {1.0f, 1.0f}};
     if (work.first_tile == work.stop_tile) {
@@ -610,89 +641,59 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     }
     float out[OUTPUTS], scores[SCORES];
     unsigned probabilities[SCORES / 2];
-    Sight sight(problem, work.row + group * GROUP_ROWS);
+    const Sight sight(problem, work.row);
     wait(&barriers->k_full[keys.stage], keys.parity);
-    await_turn(group);
-    start_next_scores(scores, queries.stage);
-    end_turn(group);
+    start_next_scores(scores);
     wait_for_products<0>();
     take_scores(scores, state, sight, work.first_tile, work.stop_tile, Constant<true>(), Constant<true>());
     round_probabilities(probabilities, scores);
 
-    for (;;) {
-      // The scores of a tile, and meanwhile the values of the one before.
-      const auto take_tile = [&](int tile, auto hides, auto hidden_before) {
-        const bool adds = tile > work.first_tile + 1;
-        bool is_added = false;
-        if constexpr (MASKED && decltype(hidden_before)::value) {
-          is_added = add_special_values(out, probabilities, sight, tile - 1, adds);
-        }
-        await_turn(group);
-        if (is_added) {
-          start_next_scores(scores, queries.stage);
-          end_turn(group);
-          wait_for_products<0>();
-          take_scores(scores, state, sight, tile, work.stop_tile, Constant<false>(), hides);
-        } else {
-          start_next_scores(scores, queries.stage);
-          start_next_values(out, probabilities, adds);
-          end_turn(group);
-          wait_for_products<1>();
-          take_scores(scores, state, sight, tile, work.stop_tile, Constant<false>(), hides);
-          wait_for_products<0>();
-          release_values();
-        }
-        round_probabilities(probabilities, scores);
-        // Most tiles raise no maximum of a warp's rows: a correction by 1 changes no bit.
-        if (!SKIPS_CORRECTIONS || any_lane(state.correction[0] != 1.0f || state.correction[1] != 1.0f)) {
-#pragma unroll
-          for (int i = 0; i < OUTPUTS; i++) out[i] = __fmul_rn(out[i], state.correction[i / 2 % 2]);
-        }
-      };
-      int tile = work.first_tile + 1;
-      const int stop_whole = min(work.stop_tile, sight.stop_whole());
-      if (MASKED) {
-        const int first_whole = min(work.stop_tile, sight.first_whole());
-        for (; tile < first_whole; tile++) take_tile(tile, Constant<true>(), Constant<true>());
-        if (tile < stop_whole) take_tile(tile++, Constant<false>(), Constant<true>());
+    // The scores of a tile, and meanwhile the values of the one before.
+    const auto take_tile = [&](int tile, auto hides, auto hidden_before) {
+      const bool adds = tile > work.first_tile + 1;
+      bool is_added = false;
+      if constexpr (MASKED && decltype(hidden_before)::value) {
+        is_added = add_special_values(out, probabilities, sight, tile - 1, adds);
       }
-      for (; tile < stop_whole; tile++) take_tile(tile, Constant<false>(), Constant<false>());
-      for (; tile < work.stop_tile; tile++) take_tile(tile, Constant<true>(), Constant<true>());
-
-      const bool adds = work.first_tile + 1 < work.stop_tile;
-      const bool is_added = MASKED && add_special_values(out, probabilities, sight, work.stop_tile - 1, adds);
-      if (GOES_ON && !is_added) {
-        // The first scores of the next query tile, and meanwhile the last values of this one.
-        Ring<QUERY_STAGES> ahead = queries;
-        ahead.advance();
-        const Work next = await_work(ahead);
-        if (next.first_tile < next.stop_tile) {
-          SoftmaxState next_state = {{lowest(), lowest()}, {{0.0f, 0.0f}, {0.0f, 0.0f}}, {1.0f, 1.0f}};
-          sight.turn_to(next.row + group * GROUP_ROWS);
-          wait(&barriers->k_full[keys.stage], keys.parity);
-          await_turn(group);
-          start_next_scores(scores, ahead.stage);
-          start_next_values(out, probabilities, adds);
-          end_turn(group);
-          wait_for_products<1>();
-          take_scores(
-              scores, next_state, sight, next.first_tile, next.stop_tile, Constant<true>(), Constant<true>());
-          wait_for_products<0>();
-          release_values();
-          round_probabilities(probabilities, scores);
-          store_result(out, state);
-          work = next, state = next_state;
-          continue;
-        }
-      }
-      if (!is_added) {
+      await_turn(group);
+      if (is_added) {
+        start_next_scores(scores);
+        end_turn(group);
+        wait_for_products<0>();
+        take_scores(scores, state, sight, tile, work.stop_tile, Constant<false>(), hides);
+      } else {
+        start_next_scores(scores);
         start_next_values(out, probabilities, adds);
+        end_turn(group);
+        wait_for_products<1>();
+        take_scores(scores, state, sight, tile, work.stop_tile, Constant<false>(), hides);
         wait_for_products<0>();
         release_values();
       }
-      store_result(out, state);
-      break;
+      round_probabilities(probabilities, scores);
+      // Most tiles raise no maximum of a warp's rows: a correction by 1 changes no bit.
+      if (!SKIPS_CORRECTIONS || any_lane(state.correction[0] != 1.0f || state.correction[1] != 1.0f)) {
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; i++) out[i] = __fmul_rn(out[i], state.correction[i / 2 % 2]);
+      }
+    };
+    int tile = work.first_tile + 1;
+    const int stop_whole = min(work.stop_tile, sight.stop_whole());
+    if (MASKED) {
+      const int first_whole = min(work.stop_tile, sight.first_whole());
+      for (; tile < first_whole; tile++) take_tile(tile, Constant<true>(), Constant<true>());
+      if (tile < stop_whole) take_tile(tile++, Constant<false>(), Constant<true>());
     }
+    for (; tile < stop_whole; tile++) take_tile(tile, Constant<false>(), Constant<false>());
+    for (; tile < work.stop_tile; tile++) take_tile(tile, Constant<true>(), Constant<true>());
+
+    const bool adds = work.first_tile + 1 < work.stop_tile;
+    if (!(MASKED && add_special_values(out, probabilities, sight, work.stop_tile - 1, adds))) {
+      start_next_values(out, probabilities, adds);
+      wait_for_products<0>();
+      release_values();
+    }
+    store_result(out, state);
   }
   out_bytes.flush(), lse_bytes.flush();
 }
@@ -705,14 +706,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int group = 0; group < CONSUMERS; group++) {
       for (int stage = 0; stage < QUERY_STAGES; stage++) {
         init_barrier(&barriers->q_full[stage][group], 1);
-        init_barrier(&barriers->q_empty[stage][group], 4);
+        init_barrier(&barriers->q_empty[stage][group], 4 + (MASKED && group == 0 ? INSPECTORS : 0));
       }
     }
     for (int stage = 0; stage < STAGES; stage++) {
       init_barrier(&barriers->k_full[stage], 1);
       init_barrier(&barriers->v_full[stage], 1);
+      init_barrier(&barriers->v_inspected[stage], INSPECTORS);
       init_barrier(&barriers->k_empty[stage], 4 * CONSUMERS);
-      init_barrier(&barriers->v_empty[stage], 4 * CONSUMERS);
+      init_barrier(&barriers->v_empty[stage], 4 * CONSUMERS + (MASKED ? INSPECTORS : 0));
     }
     publish_barriers();
   }
@@ -720,6 +722,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (warp_index() < 4) {
     shrink_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) load(shared, barriers, parameters);
+    if (MASKED && warp_index() > 0) inspect(shared, barriers, parameters.problem, warp_index() - 1);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
     compute(shared, barriers, parameters);
