@@ -47,7 +47,7 @@ CHUNK = 1 << 26
 BINADE, FIRST_OF_BINADE = 1 << 23, 0x3F800000
 """The fractions of a binade, and the bits of 1."""
 
-NEGATIVE_BINADES = range(0x79, 0x83)
+NEGATIVE_BINADES = range(0x7C, 0x81)
 """Biased exponents of the negative inputs that tell ex2's reductions apart."""
 
 SEARCHED = range(-2, 3)

@@ -26,6 +26,10 @@ Values = npt.NDArray[Any]
 TABLE_FILE = Path(__file__).with_name("special_functions.json")
 
 
+PARALLEL_FROM = 1 << 14
+"""Values for which more than one thread is worth waking."""
+
+
 @dataclass(frozen=True)
 class Structure:
     """Widths of an interpolation in fixed point.
@@ -122,24 +126,25 @@ def tables() -> dict[str, Table]:
 
 def ex2(values: Values, *, out: Values | None = None, table: Table | None = None) -> Values:
     """Return ``ex2.approx.ftz`` of float32 values: about 2^x."""
-    return _applied(_ex2_loop, values, out, table or tables()["ex2"])
+    return _applied((_few_ex2, _many_ex2), values, out, table or tables()["ex2"])
 
 
 def rcp(values: Values, *, out: Values | None = None, table: Table | None = None) -> Values:
     """Return ``rcp.approx.ftz`` of float32 values: about 1 / x."""
-    return _applied(_rcp_loop, values, out, table or tables()["rcp"])
+    return _applied((_few_rcp, _many_rcp), values, out, table or tables()["rcp"])
 
 
 def lg2(values: Values, *, out: Values | None = None, table: Table | None = None) -> Values:
     """Return ``lg2.approx.ftz`` of float32 values: about log₂ x."""
-    return _applied(_lg2_loop, values, out, table or tables()["lg2"])
+    return _applied((_few_lg2, _many_lg2), values, out, table or tables()["lg2"])
 
 
 FUNCTIONS = {"ex2": ex2, "rcp": rcp, "lg2": lg2}
 
 
-def _applied(loop: Any, values: Values, out: Values | None, table: Table) -> Values:
+def _applied(loops: tuple[Any, Any], values: Values, out: Values | None, table: Table) -> Values:
     given = np.ascontiguousarray(values, np.float32)
+    loop = loops[given.size >= PARALLEL_FROM]
     result = out if out is not None and out.flags.c_contiguous else np.empty_like(given)
     loop(given.reshape(-1), result.reshape(-1), *table.constants)
     if out is None:
@@ -242,19 +247,37 @@ def _lg2(bits: Any, rows: Any, bias: Any) -> Any:
     return result | types.int32(SIGN) if exponent < 0 else result
 
 
-@numba.njit(parallel=True, cache=True)
-def _ex2_loop(values: Any, out: Any, rows: Any, bias: Any, reduction: Any) -> None:
-    for index in numba.prange(values.size):
+@numba.njit(cache=True)
+def _few_ex2(values: Any, out: Any, rows: Any, bias: Any, reduction: Any) -> None:
+    for index in range(values.size):
         out[index] = float_of(types.int32(_ex2(bits_of(values[index]), rows, bias, reduction)))
 
 
 @numba.njit(parallel=True, cache=True)
-def _rcp_loop(values: Any, out: Any, rows: Any, bias: Any, _reduction: Any) -> None:
+def _many_ex2(values: Any, out: Any, rows: Any, bias: Any, reduction: Any) -> None:
     for index in numba.prange(values.size):
+        out[index] = float_of(types.int32(_ex2(bits_of(values[index]), rows, bias, reduction)))
+
+
+@numba.njit(cache=True)
+def _few_rcp(values: Any, out: Any, rows: Any, bias: Any, _reduction: Any) -> None:
+    for index in range(values.size):
         out[index] = float_of(types.int32(_rcp(bits_of(values[index]), rows, bias)))
 
 
 @numba.njit(parallel=True, cache=True)
-def _lg2_loop(values: Any, out: Any, rows: Any, bias: Any, _reduction: Any) -> None:
+def _many_rcp(values: Any, out: Any, rows: Any, bias: Any, _reduction: Any) -> None:
+    for index in numba.prange(values.size):
+        out[index] = float_of(types.int32(_rcp(bits_of(values[index]), rows, bias)))
+
+
+@numba.njit(cache=True)
+def _few_lg2(values: Any, out: Any, rows: Any, bias: Any, _reduction: Any) -> None:
+    for index in range(values.size):
+        out[index] = float_of(types.int32(_lg2(bits_of(values[index]), rows, bias)))
+
+
+@numba.njit(parallel=True, cache=True)
+def _many_lg2(values: Any, out: Any, rows: Any, bias: Any, _reduction: Any) -> None:
     for index in numba.prange(values.size):
         out[index] = float_of(types.int32(_lg2(bits_of(values[index]), rows, bias)))

@@ -55,6 +55,18 @@ class DotAdd:
     lowest_exponent: int = -133
     rounding: Literal["float32", "float16"] = "float32"
 
+    @property
+    def loop_arguments(self) -> tuple[int, ...]:
+        """The parameters as the loops take them."""
+        return (
+            self.depth,
+            self.fraction_bits,
+            self.kept_bits,
+            self.lowest_exponent,
+            self.significand_bits,
+            int(self.rounding == "float16"),
+        )
+
 
 BFLOAT16 = DotAdd(least_exponent=-126, significand_bits=8)
 FLOAT16 = DotAdd(least_exponent=-14, significand_bits=11)
@@ -80,6 +92,12 @@ FAST_LOWEST, FAST_HIGHEST = -100, 120
 
 ROWS = 8
 """Rows of a product that one task computes, so that they share the operand in a core's cache."""
+
+ALL_OUTSIDE = 2
+
+PARALLEL_FROM = 1 << 16
+"""Multiplications from which a product is worth more than one thread."""
+
 NAN_BITS = 0x7FFFFFFF
 
 
@@ -145,22 +163,14 @@ def add_products(
     left, left_exponents = _padded(left, 2, whole, 0), _padded(left_exponents, 2, whole, ZERO)
     right = _padded(right, 1, whole, 0)
     right_exponents = _exponents(right, unit.least_exponent)
-    _products(
+    loop = _products if total.size * contracted >= PARALLEL_FROM else _few_products
+    loop(
         total,
-        left,
-        _finite(left),
+        (left, _finite(left), left_exponents),
         left_of,
-        left_exponents,
-        right,
-        _finite(right),
+        (right, _finite(right), right_exponents),
         right_of,
-        right_exponents,
-        unit.depth,
-        unit.fraction_bits,
-        unit.kept_bits,
-        unit.lowest_exponent,
-        unit.significand_bits,
-        unit.rounding == "float16",
+        unit.loop_arguments,
     )
 
 
@@ -224,120 +234,138 @@ def _higher(a: Any, b: Any, c: Any) -> Any:
     return added if added > c else c
 
 
+# The rows are inlined there because inside a parallel loop LLVM knows that arrays do not overlap.
 @numba.njit(parallel=True, cache=True)
-def _products(
-    total: Any,
-    left: Any,
-    finite_left: Any,
-    left_of: Any,
-    left_exponents: Any,
-    right: Any,
-    finite_right: Any,
-    right_of: Any,
-    right_exponents: Any,
-    depth: Any,
-    fraction_bits: Any,
-    kept_bits: Any,
-    lowest_exponent: Any,
-    significand_bits: Any,
-    to_float16: Any,
-) -> None:
-    """Compute as :func:`add_products` says."""
-    rows, columns, contracted = total.shape[1], total.shape[2], left.shape[2]
-    blocks = (rows + ROWS - 1) // ROWS
-    # A sum in int32 must hold the products; float32 results are rounded from float64.
-    unit = (1 << significand_bits) - 1
-    shift = fraction_bits + 2 - 2 * significand_bits
-    largest = depth * unit * unit << shift if shift > 0 else depth << (fraction_bits + 2)
-    fast = not to_float16 and largest < 1 << 31
-    least = max(FAST_LOWEST, types.int32(lowest_exponent))
-    dropped = types.int64(-1) << (52 - kept_bits)
+def _products(total: Any, left: Any, left_of: Any, right: Any, right_of: Any, unit: Any) -> None:
+    """Compute as :func:`add_products` says; operands are their values, those with 0 for Inf and NaN, and exponents."""
+    blocks = (total.shape[1] + ROWS - 1) // ROWS
     for task in numba.prange(total.shape[0] * blocks):
         matrix, first = task // blocks, task % blocks * ROWS
-        stop = min(first + ROWS, rows)
-        operand, exponents = finite_right[right_of[matrix]], right_exponents[right_of[matrix]]
-        highest, terms = np.empty(columns, np.int16), np.empty(columns, np.int32)
-        scales = np.empty(columns, np.float32)
-        for start in range(0, contracted, depth):
-            for row in range(first, stop):
-                sums = total[matrix, row]
-                weights = finite_left[left_of[matrix], row]
-                offsets = left_exponents[left_of[matrix], row]
-                hidden = True
-                for k in range(start, start + depth):
-                    hidden &= offsets[k] == HIDDEN
-                if hidden:  # only zeros are added
-                    for column in range(columns):
-                        sums[column] += types.float32(0)
-                    continue
-                for column in range(columns):
-                    highest[column] = _exponent(sums[column], -126)
-                for k in range(start, start + depth, 4):
-                    a, b, c, d = offsets[k], offsets[k + 1], offsets[k + 2], offsets[k + 3]
-                    for column in range(columns):
-                        e = _higher(a, exponents[k, column], highest[column])
-                        e = _higher(b, exponents[k + 1, column], e)
-                        e = _higher(c, exponents[k + 2, column], e)
-                        highest[column] = _higher(d, exponents[k + 3, column], e)
-                outside = 0
-                for column in range(columns):
-                    e = types.int32(highest[column])
-                    clamped = min(max(e, least), FAST_HIGHEST)
-                    outside |= types.int32(e != clamped) & types.int32(e > NO_TERM)
-                    scales[column] = _power(fraction_bits - clamped)
-                    terms[column] = 0
-                if fast:
-                    for k in range(start, start + depth, 4):
-                        a, b, c, d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
-                        for column in range(columns):
-                            scale = scales[column]
-                            terms[column] += (
-                                types.int32(a * operand[k, column] * scale)
-                                + types.int32(b * operand[k + 1, column] * scale)
-                                + types.int32(c * operand[k + 2, column] * scale)
-                                + types.int32(d * operand[k + 3, column] * scale)
-                            )
-                    for column in range(columns):
-                        scale, before = scales[column], sums[column]
-                        exact = types.float64(terms[column]) + types.float64(types.int32(before * scale))
-                        kept = float_of64(bits_of64(exact) & dropped)
-                        e = types.int32(highest[column])
-                        inside = e < NO_TERM or least <= e <= FAST_HIGHEST
-                        sums[column] = types.float32(kept / types.float64(scale)) if inside else before
-                    if outside == 0:
-                        continue
-                for column in range(columns):
-                    e = types.int32(highest[column])
-                    if fast and (e < NO_TERM or least <= e <= FAST_HIGHEST):
-                        continue
-                    sums[column] = _dot_add(
-                        left[left_of[matrix], row, start : start + depth],
-                        offsets[start : start + depth],
-                        right[right_of[matrix], start : start + depth, column],
-                        exponents[start : start + depth, column],
-                        sums[column],
-                        fraction_bits,
-                        kept_bits,
-                        lowest_exponent,
-                        significand_bits,
-                        to_float16,
-                    )
+        _product_rows(total[matrix], left, left_of[matrix], right, right_of[matrix], first, unit)
 
 
 @numba.njit(cache=True)
-def _dot_add(
-    a: Any,
-    a_exponents: Any,
-    b: Any,
-    b_exponents: Any,
-    c: Any,
-    fraction_bits: Any,
-    kept_bits: Any,
-    lowest_exponent: Any,
-    significand_bits: Any,
-    to_float16: Any,
+def _few_products(total: Any, left: Any, left_of: Any, right: Any, right_of: Any, unit: Any) -> None:
+    """Do as :func:`_products` without waking other threads."""
+    for matrix in range(total.shape[0]):
+        for first in range(0, total.shape[1], ROWS):
+            _product_rows(total[matrix], left, left_of[matrix], right, right_of[matrix], first, unit)
+
+
+@numba.njit(cache=True, inline="always")
+def _product_rows(total: Any, left: Any, left_of: Any, right: Any, right_of: Any, first: Any, unit: Any) -> None:
+    """Compute up to ROWS rows of a product from the first on."""
+    (rows, columns), depth, contracted = total.shape, unit[0], left[0].shape[2]
+    highest, terms = np.empty(columns, np.int16), np.empty(columns, np.int32)
+    scales = np.empty(columns, np.float32)
+    for start in range(0, contracted, depth):
+        stop = start + depth
+        values, finite, exponents = (
+            right[0][right_of, start:stop],
+            right[1][right_of, start:stop],
+            right[2][right_of, start:stop],
+        )
+        for row in range(first, min(first + ROWS, rows)):
+            sums = total[row]
+            offsets = left[2][left_of, row, start:stop]
+            if _all_hidden(offsets):
+                for column in range(columns):
+                    sums[column] += types.float32(0)  # of zeros, +0
+                continue
+            weights = left[1][left_of, row, start:stop]
+            outside = _add_dots(sums, weights, offsets, finite, exponents, highest, terms, scales, unit)
+            if outside:
+                for column in range(columns):
+                    if outside == ALL_OUTSIDE or _is_outside(highest[column], unit):
+                        sums[column] = _dot_add(
+                            left[0][left_of, row, start:stop],
+                            offsets,
+                            values[:, column],
+                            exponents[:, column],
+                            sums[column],
+                            unit,
+                        )
+
+
+@numba.njit(cache=True)
+def _all_hidden(offsets: Any) -> Any:
+    hidden = True
+    for offset in offsets:
+        hidden &= offset == HIDDEN
+    return hidden
+
+
+@numba.njit(cache=True, inline="always")
+def _is_outside(highest: Any, unit: Any) -> Any:
+    """Say whether terms of this highest exponent are not for float32."""
+    e = types.int32(highest)
+    return e >= NO_TERM and not max(FAST_LOWEST, unit[3]) <= e <= FAST_HIGHEST
+
+
+@numba.njit(cache=True, inline="always")
+def _add_dots(
+    sums: Any,
+    weights: Any,
+    offsets: Any,
+    operand: Any,
+    exponents: Any,
+    highest: Any,
+    terms: Any,
+    scales: Any,
+    unit: Any,
 ) -> Any:
+    """Add a dot product to the sums whose highest exponent is in range; return 0, 1 if some are not, or ALL_OUTSIDE.
+
+    In units of 2^(highest exponent − fraction bits) a term is an integer after truncation, which is what converting a
+    float32 to int32 does; the sum of the products fits in an int32, with the sum so far in a float64.
+    """
+    depth, fraction_bits, kept_bits, lowest_exponent, significand_bits, to_float16 = unit
+    columns = sums.shape[0]
+    largest, shift = (1 << significand_bits) - 1, fraction_bits + 2 - 2 * significand_bits
+    largest_sum = depth * largest * largest << shift if shift > 0 else depth << (fraction_bits + 2)
+    if to_float16 or largest_sum >= 1 << 31:
+        return types.int32(ALL_OUTSIDE)
+    for column in range(columns):
+        highest[column] = _exponent(sums[column], -126)
+    for k in range(0, depth, 4):
+        a, b, c, d = offsets[k], offsets[k + 1], offsets[k + 2], offsets[k + 3]
+        for column in range(columns):
+            e = _higher(a, exponents[k, column], highest[column])
+            e = _higher(b, exponents[k + 1, column], e)
+            e = _higher(c, exponents[k + 2, column], e)
+            highest[column] = _higher(d, exponents[k + 3, column], e)
+    outside, least = types.int32(0), max(FAST_LOWEST, types.int32(lowest_exponent))
+    for column in range(columns):
+        e = types.int32(highest[column])
+        clamped = min(max(e, least), FAST_HIGHEST)
+        outside |= types.int32(e != clamped) & types.int32(e >= NO_TERM)
+        scales[column] = _power(fraction_bits - clamped)
+        terms[column] = 0
+    for k in range(0, depth, 4):
+        a, b, c, d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
+        for column in range(columns):
+            scale = scales[column]
+            terms[column] += (
+                types.int32(a * operand[k, column] * scale)
+                + types.int32(b * operand[k + 1, column] * scale)
+                + types.int32(c * operand[k + 2, column] * scale)
+                + types.int32(d * operand[k + 3, column] * scale)
+            )
+    dropped = types.int64(-1) << (52 - kept_bits)
+    for column in range(columns):
+        scale, before = scales[column], sums[column]
+        exact = types.float64(terms[column]) + types.float64(types.int32(before * scale))
+        kept = float_of64(bits_of64(exact) & dropped)
+        e = types.int32(highest[column])
+        inside = e < NO_TERM or least <= e <= FAST_HIGHEST
+        sums[column] = types.float32(kept / types.float64(scale)) if inside else before
+    return outside
+
+
+@numba.njit(cache=True)
+def _dot_add(a: Any, a_exponents: Any, b: Any, b_exponents: Any, c: Any, unit: Any) -> Any:
     """Compute one sum for any operands."""
+    _, fraction_bits, kept_bits, lowest_exponent, significand_bits, to_float16 = unit
     special = types.float32(0)  # the sum of the infinite terms
     least_sum_exponent = -14 if to_float16 else -126
     highest = types.int32(_exponent(c, least_sum_exponent))
@@ -353,25 +381,25 @@ def _dot_add(
     if highest < NO_TERM:
         return types.float32(0)
     highest = max(highest, types.int32(lowest_exponent))
-    unit = highest - fraction_bits
-    # Significands are integers in units of the last bit, a term's is shifted to units of 2^unit.
+    last = highest - fraction_bits
+    # Significands are integers in units of the last bit, a term's is shifted to units of 2^last.
     fraction, total = significand_bits - 1, types.int64(0)
     for k in range(a.size):
         e = types.int32(a_exponents[k]) + types.int32(b_exponents[k])
         if e > NO_TERM:
             product = _significand(a[k], a_exponents[k], fraction) * _significand(b[k], b_exponents[k], fraction)
-            total += _shifted(product, e - 2 * fraction - unit)
+            total += _shifted(product, e - 2 * fraction - last)
     e = types.int32(_exponent(c, least_sum_exponent))
     if e > NO_TERM:
-        total += _shifted(_significand(c, e, 23), e - 23 - unit)
+        total += _shifted(_significand(c, e, 23), e - 23 - last)
     if to_float16:
-        return _nearest_float16(total, unit)
+        return _nearest_float16(total, last)
     magnitude = abs(total)
     width = _width(magnitude)
     # Bits below the last that is kept: of a normal number, and of float32's smallest one.
-    spare = max(width - 1 - kept_bits, -149 - unit, 0)
+    spare = max(width - 1 - kept_bits, -149 - last, 0)
     magnitude = magnitude >> spare << spare if spare < 63 else types.int64(0)
-    result = types.float32(types.float64(magnitude) * _power64(unit))
+    result = types.float32(types.float64(magnitude) * _power64(last))
     return -result if total < 0 and magnitude else result
 
 
@@ -397,18 +425,18 @@ def _shifted(value: Any, places: Any) -> Any:
 
 
 @numba.njit(cache=True)
-def _nearest_float16(total: Any, unit: Any) -> Any:
-    """Return total · 2^unit rounded to the nearest float16, ties to even."""
+def _nearest_float16(total: Any, last: Any) -> Any:
+    """Return total · 2^last rounded to the nearest float16, ties to even."""
     magnitude = abs(total)
     width = _width(magnitude)
-    spare = max(width - 11, -24 - unit, 0)
+    spare = max(width - 11, -24 - last, 0)
     if spare > 62:
         return types.float32(0)
     half, rest = (types.int64(1) << spare) >> 1, magnitude & ((types.int64(1) << spare) - 1)
     kept = magnitude >> spare
     if spare and (rest > half or (rest == half and kept & 1)):
         kept += 1
-    result = types.float64(kept) * _power64(unit + spare)
+    result = types.float64(kept) * _power64(last + spare)
     if result >= 65536:
         result = np.inf
     return types.float32(-result if total < 0 and kept else result)

@@ -199,6 +199,16 @@ def test_special_values_and_sizes_go_the_same_way(dtype: str, data: Any) -> None
 
 
 @every_dtype
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_flash2_on_mma_does_the_same_operations(dtype: str, mask: Any) -> None:
+    inputs = random_inputs(40, 37, dtype)
+    one = hopper_run(inputs, tiles=(16, 16), **mask)
+    other = simattn.run("flash2", **inputs, arithmetic="mma", tiles=(16, 16), **mask)
+    assert_same_bits(one.out, other.out)
+    assert_same_bits(one.lse, other.lse)
+
+
+@every_dtype
 @settings(max_examples=60)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.sampled_from([None, (3, 2), (20, 0)]))
 def test_bits_do_not_depend_on_the_query_tile(
