@@ -6,7 +6,8 @@ multiple of 2^(highest exponent − fraction bits), the terms are added exactly,
 inside a dot-add does not matter, and the order of the dot-adds does.
 
 Sources: Fasi et al. 2021 (PeerJ CS 7:e330), MMA-Sim (arXiv 2511.10909), Khattak & Mikaitis (arXiv 2512.07004);
-``python -m cupy_kernels.prove_tensor_cores`` holds the model against a GPU.
+``python -m cupy_kernels.prove_tensor_cores`` holds those of 16-bit inputs with sums in float32 against a GPU; the other
+formats are as the sources say.
 """
 
 from __future__ import annotations
