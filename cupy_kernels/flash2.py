@@ -1,4 +1,4 @@
-"""FlashAttention-2 on CUDA cores: from a problem and a plan to the kernels that run it.
+"""FlashAttention-2: from a problem and a plan to the kernels that run it, forward on CUDA cores or on tensor cores.
 
 The twin of :mod:`simattn.algorithms.flash2`.
 """
@@ -12,8 +12,8 @@ from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.backward_tiles import NUMBERS_PER_THREAD, SEQUENTIAL_NUMBERS_PER_THREAD, BackwardTiles
 from cupy_kernels.forward_tiles import ForwardTiles, first_that_fits
 from cupy_kernels.gradients import GRID_HEADS, GroupedGradient, grouping
+from cupy_kernels.parameters import Operand, column_bucket
 from cupy_kernels.parameters import check_plan as check_every_plan
-from cupy_kernels.parameters import column_bucket
 from cupy_kernels.program import (
     Access,
     Array,
@@ -28,7 +28,8 @@ from cupy_kernels.program import (
     query_matrix,
     statistic,
 )
-from simattn.algorithms.flash2 import Flash2Plan
+from cupy_kernels.tensor_tiles import TensorTiles
+from simattn.algorithms.flash2 import FIRST_TENSOR_CORES, TENSOR_CORE_DTYPES, Flash2Plan, gpu_tiles, has_tensor_cores
 from simattn.hardware import Hardware
 from simattn.plan import Plan, Tiles
 from simattn.problem import AttentionProblem
@@ -43,7 +44,7 @@ FORWARD_TILES: dict[int, Tiles] = {
     192: Tiles(q=128, kv=64),
     256: Tiles(q=64, kv=64),
 }
-"""Tiles of the forward kernel, by column bucket, that are fastest on an H100."""
+"""Tiles of the forward kernel on CUDA cores, by column bucket, that are fastest on an H100."""
 
 SMALLER_TILES = (Tiles(q=64, kv=64), Tiles(q=64, kv=32), Tiles(q=32, kv=32), Tiles(q=32, kv=16), Tiles(q=16, kv=16))
 """Tiles for devices with too little shared memory for the best ones, from large to small."""
@@ -71,11 +72,18 @@ SMALLER_BACKWARD_TILES = (
 DQ_ACCESS: dict[str, Access | Literal[""]] = {"deterministic": "", "reduce": "a", "load_add_store": "rw"}
 """What the kernel of dK and dV does to the sums of dQ, in the order that its macro DQ_MODE counts."""
 
+SECTION_BYTES = 16 << 20
+"""Keys and values that thread blocks on tensor cores work on at a time, so that an L2 cache keeps them."""
+
 # Plans
 
 
 def default_forward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> Flash2Plan:
-    """Return the best tiles that fit the device's shared memory."""
+    """Return the best tiles that fit the device's shared memory; on its tensor cores, if they take the format."""
+    if has_tensor_cores(problem, hardware):
+        best, *smaller = gpu_tiles(problem, hardware, "forward")
+        tiles = first_that_fits(best, smaller, lambda tiles: TensorTiles.of(problem, Flash2Plan(tiles=tiles), hardware))
+        return Flash2Plan(tiles=tiles, units="tensor_cores")
     tiles = first_that_fits(
         FORWARD_TILES[column_bucket(problem)],
         SMALLER_TILES,
@@ -99,24 +107,51 @@ def default_backward_plan(problem: AttentionProblem, hardware: Hardware, determi
 
 def forward_kernel(problem: AttentionProblem, plan: Flash2Plan, hardware: Hardware) -> Kernel:
     """Return the build of the forward kernel for a plan."""
-    tiles = ForwardTiles.of(problem, plan, hardware)
+    on_tensor_cores = plan.units == "tensor_cores"
+    tiles = (TensorTiles if on_tensor_cores else ForwardTiles).of(problem, plan, hardware)
+    name = "flash2_tensor_forward" if on_tensor_cores else "flash2_forward"
     return Kernel(
-        source="flash2_forward.cu",
-        function="flash2_forward",
+        source=f"{name}.cu",
+        function=name,
         macros=macros(storage=problem.dtype, **vars(tiles)),
         threads=tiles.threads,
         shared_bytes=tiles.shared_bytes,
         accesses=(("q", "r"), ("k", "r"), ("v", "r"), ("out", "w"), ("lse", "w")),
+        takes_chunks=on_tensor_cores,
     )
 
 
 def forward(problem: AttentionProblem, plan: Flash2Plan, hardware: Hardware) -> Program:
     """Return the forward program: one kernel."""
     check_plan(problem, plan)
+    if plan.units == "tensor_cores":
+        check_tensor_cores(problem, hardware)
     kernel = forward_kernel(problem, plan, hardware)
     blocks = ceil_div(problem.q_len, plan.tiles.q) * problem.batch * problem.heads
-    arrays = (*inputs(problem), *forward_results(problem))
-    return program_of(problem, arrays, [Step(kernel, blocks, ("q", "k", "v", "out", "lse"))])
+    arrays, operand = (*inputs(problem), *forward_results(problem)), Operand(heads=section_of(problem))
+    return program_of(problem, arrays, [Step(kernel, blocks, ("q", "k", "v", "out", "lse"), operand)])
+
+
+def check_tensor_cores(problem: AttentionProblem, hardware: Hardware) -> None:
+    """Raise a ValueError unless a device has tensor cores that take the problem."""
+    if problem.dtype not in TENSOR_CORE_DTYPES:
+        raise ValueError(
+            f"plan.units='tensor_cores' with dtype={problem.dtype!r}: expected one of {TENSOR_CORE_DTYPES}, or "
+            "units='cuda_cores'"
+        )
+    if not has_tensor_cores(problem, hardware):
+        (major, minor), (first, _) = hardware.compute_capability, FIRST_TENSOR_CORES
+        raise ValueError(
+            f"plan.units='tensor_cores': {hardware.name} has compute capability {major}.{minor}, the kernel needs "
+            f"{first}.0 or later: expected units='cuda_cores'"
+        )
+
+
+def section_of(problem: AttentionProblem) -> int:
+    """Return how many query matrices to work on at a time, so that the L2 cache keeps their keys and values."""
+    key_bytes = problem.kv_len * (problem.head_dim + problem.value_dim) * problem.item_bytes
+    key_matrices = max(1, SECTION_BYTES // max(1, key_bytes))
+    return min(problem.batch * problem.heads, key_matrices * problem.group_size)
 
 
 def check_plan(problem: AttentionProblem, plan: Plan) -> None:
@@ -213,4 +248,5 @@ ALGORITHM = KernelAlgorithm(
     programs={"forward": forward, "backward": backward},
     saved=("out", "lse"),
     is_deterministic=lambda problem, plan: plan.dq != "reduce" and grouping(problem, plan) != "reduce",
+    arithmetic=lambda problem, plan: "mma" if plan.units == "tensor_cores" else "simt",
 )

@@ -296,7 +296,7 @@ def kept_in_workspace(program: Program, wanted: frozenset[str]) -> list[Array]:
 
 def row_alignment(program: Program, array: Array) -> int:
     """Return the bytes that rows of an array start at multiples of: four elements, one number, or what a copy needs."""
-    if array.name in program.mapped:
+    if array.name in program.in_chunks:
         return ADDRESS_MULTIPLE
     return (1 if array.kind == "statistic" else 4) * ITEM_BYTES[array.dtype]
 

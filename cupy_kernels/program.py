@@ -135,6 +135,8 @@ class Kernel:
         Names of its arrays in the order of its parameter struct, and what it does to each.
     boxes
         How it copies those of which its parameter struct holds a tensor map, in that order.
+    takes_chunks
+        Whether it copies the rows of all matrices in chunks of 16 bytes.
     """
 
     source: str
@@ -144,6 +146,7 @@ class Kernel:
     shared_bytes: int
     accesses: tuple[tuple[str, Access | Literal[""]], ...]
     boxes: tuple[Boxes, ...] = ()
+    takes_chunks: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -241,13 +244,13 @@ class Program:
         return tuple(array for array in self.arrays if array.role in roles)
 
     @functools.cached_property
-    def mapped(self) -> frozenset[str]:
-        """Names of the arrays that a kernel copies by boxes."""
+    def in_chunks(self) -> frozenset[str]:
+        """Names of the matrices whose rows a kernel copies in chunks of 16 bytes, by boxes or by itself."""
         return frozenset(
             array
             for step in self.steps
             for array, name in zip(step.arrays, step.kernel.names, strict=True)
-            if name in step.kernel.mapped
+            if name in step.kernel.mapped or (step.kernel.takes_chunks and self.array[array].kind == "matrix")
         )
 
     def is_read(self, name: str) -> bool:

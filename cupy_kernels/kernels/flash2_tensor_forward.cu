@@ -109,6 +109,22 @@ struct Offsets {
   }
 };
 
+// Tiles of keys that any row of a query tile sees, and those of which all rows see all keys.
+struct KeyTiles {
+  int first, stop;
+  int first_full, stop_full;
+
+  DEVICE KeyTiles(const Problem& problem, int row) {
+    const int first_position = row + problem.kv_len - problem.q_len;
+    const int last_position = first_position + min(QUERY_ROWS, problem.q_len - row) - 1;
+    const int first_key = max(0, first_position - problem.window_left);
+    const int stop_key = min(problem.kv_len, last_position + problem.window_right + 1);
+    first = first_key / KEY_ROWS, stop = first_key < stop_key ? (stop_key + KEY_ROWS - 1) / KEY_ROWS : first;
+    first_full = (max(0, last_position - problem.window_left) + KEY_ROWS - 1) / KEY_ROWS;
+    stop_full = max(0, min(problem.kv_len, first_position + problem.window_right + 1)) / KEY_ROWS;
+  }
+};
+
 // Which keys the rows of a warp see; the warp's row i sees those from first + i to last + i, and before `stop`.
 struct Band {
   int first, last, stop;
@@ -408,33 +424,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const unsigned kv_head = work.head / problem.group_size;
   const int warp_row = warp_index() * WARP_ROWS, row = work.row + warp_row;
   const Offsets offsets(warp_row);
-
-  // Tiles of keys that any row of the query tile sees, and those of which all rows see all keys.
-  const int first_position = work.row + problem.kv_len - problem.q_len;
-  const int last_position = first_position + min(QUERY_ROWS, problem.q_len - work.row) - 1;
-  const int first_key = max(0, first_position - problem.window_left);
-  const int stop_key = min(problem.kv_len, last_position + problem.window_right + 1);
-  const int first_tile = first_key / KEY_ROWS;
-  const int stop_tile = first_key < stop_key ? (stop_key + KEY_ROWS - 1) / KEY_ROWS : first_tile;
-  const int first_full = (max(0, last_position - problem.window_left) + KEY_ROWS - 1) / KEY_ROWS;
-  const int stop_full = max(0, min(problem.kv_len, first_position + problem.window_right + 1)) / KEY_ROWS;
+  const KeyTiles key_tiles(problem, work.row);
+  const int first_tile = key_tiles.first, stop_tile = key_tiles.stop;
 
   // load
-  const Stored* k = row_of(parameters.k, parameters.k_strides, work.batch, kv_head, first_tile * KEY_ROWS);
-  const Stored* v = row_of(parameters.v, parameters.v_strides, work.batch, kv_head, first_tile * KEY_ROWS);
+  // The addresses move on with the tiles; in one stage they are computed anew, which the compiler finds registers for.
+  const int loaded_row = STAGES == 1 ? 0 : first_tile * KEY_ROWS;
+  const Stored* k = row_of(parameters.k, parameters.k_strides, work.batch, kv_head, loaded_row);
+  const Stored* v = row_of(parameters.v, parameters.v_strides, work.batch, kv_head, loaded_row);
   const auto k_tile = [&](int tile) { return q_tile + K_OFFSET + tile % STAGES * KeyTile::BYTES; };
   const auto v_tile = [&](int tile) { return q_tile + V_OFFSET + tile % STAGES * ValueTile::BYTES; };
   const auto load_keys = [&](int tile) {
+    const int key = tile * KEY_ROWS;
     const long long stride = parameters.k_strides.row;
     MatrixCopy<KeyTile, THREADS>::start(
-        k_tile(tile), k, stride, problem.kv_len - tile * KEY_ROWS, problem.head_dim, parameters.counters + COUNT_K);
-    k += KEY_ROWS * stride;
+        k_tile(tile), STAGES == 1 ? k + key * stride : k, stride, problem.kv_len - key, problem.head_dim,
+        parameters.counters + COUNT_K);
+    if (STAGES > 1) k += KEY_ROWS * stride;
   };
   const auto load_values = [&](int tile) {
+    const int key = tile * KEY_ROWS;
     const long long stride = parameters.v_strides.row;
     MatrixCopy<ValueTile, THREADS>::start(
-        v_tile(tile), v, stride, problem.kv_len - tile * KEY_ROWS, problem.value_dim, parameters.counters + COUNT_V);
-    v += KEY_ROWS * stride;
+        v_tile(tile), STAGES == 1 ? v + key * stride : v, stride, problem.kv_len - key, problem.value_dim,
+        parameters.counters + COUNT_V);
+    if (STAGES > 1) v += KEY_ROWS * stride;
   };
   MatrixCopy<QueryTile, THREADS>::start(
       q_tile, row_of(parameters.q, parameters.q_strides, work.batch, work.head, work.row), parameters.q_strides.row,
@@ -505,14 +519,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   };
   for (int tile = first_tile; tile < stop_tile;) {
-    if (tile >= first_full && tile < stop_full) {
-      for (; tile < stop_full; tile++) take_tile(tile, Flag<false>());
+    const KeyTiles tiles(problem, here(row) / QUERY_ROWS * QUERY_ROWS);
+    if (tile >= tiles.first_full && tile < tiles.stop_full) {
+      for (; tile < tiles.stop_full; tile++) take_tile(tile, Flag<false>());
     } else {
       take_tile(tile++, Flag<true>());
     }
   }
   // finish
-  if (first_tile == stop_tile || COLUMNS != VALUE_COLUMNS) {
+  const KeyTiles tiles(problem, here(row) / QUERY_ROWS * QUERY_ROWS);
+  if (tiles.first == tiles.stop || COLUMNS != VALUE_COLUMNS) {
     wait_for_copies<0>();
     __syncthreads();  // all warps have read Q, whose place the output takes
   }
