@@ -165,9 +165,5 @@ def check_plan(plan: Plan) -> None:
 
 def column_bucket(problem: AttentionProblem) -> int:
     """Return the smallest bucket that holds the rows of q, k and v."""
-    return bucket_of(max(problem.head_dim, problem.value_dim))
-
-
-def bucket_of(columns: int) -> int:
-    """Return the smallest bucket that holds rows of so many columns."""
+    columns = max(problem.head_dim, problem.value_dim)
     return next(bucket for bucket in COLUMN_BUCKETS if bucket >= columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cupy_kernels.forward_tiles import fits, too_large
-from cupy_kernels.parameters import bucket_of
+from cupy_kernels.parameters import column_bucket
 from simattn.hardware import Hardware
 from simattn.plan import Plan, Tiles
 from simattn.problem import AttentionProblem
@@ -13,14 +13,17 @@ from simattn.problem import AttentionProblem
 STEP = 16
 """Contracted elements of a product; rows, keys and columns come in multiples of it."""
 
-LEAST_THREADS, MOST_THREADS = 64, 256
-"""Threads of a block: two warps share a tile's copies, and a multiprocessor has 255 registers for each of 256."""
+THREAD_MULTIPLE, MOST_THREADS = 64, 256
+"""Threads of a block: pairs of warps share a tile's copies, and a multiprocessor has 255 registers for each of 256."""
 
 MOST_NUMBERS = 192
 """Scores and outputs that a thread keeps in its registers beside operands and addresses."""
 
 NUMBERS_BESIDE_QUERIES, MOST_RESIDENT_STEPS = 176, 8
 """The same with queries, which it keeps if there is room, and how many steps of them at most."""
+
+NARROW_VALUES = {192: 128}
+"""Column buckets of queries and keys for which there is a kernel with fewer columns of values, and how many."""
 
 WIDEST_COLUMNS = 128
 """Columns of queries up to which a warp of 32 rows has registers for their addresses."""
@@ -69,7 +72,9 @@ class TensorTiles:
             If it cannot.
         """
         tiles = plan.tiles
-        columns, value_columns = bucket_of(problem.head_dim), bucket_of(problem.value_dim)
+        columns = value_columns = column_bucket(problem)
+        if columns in NARROW_VALUES and problem.value_dim <= NARROW_VALUES[columns]:
+            value_columns = NARROW_VALUES[columns]
         warp_rows = _warp_rows(tiles, columns, value_columns, hardware)
         numbers = warp_rows * (tiles.kv + value_columns) // 32
         if tiles.kv % STEP or numbers > MOST_NUMBERS:
@@ -78,10 +83,11 @@ class TensorTiles:
                 f"up to {32 // STEP * MOST_NUMBERS - value_columns}"
             )
         threads = tiles.q // warp_rows * 32
-        if tiles.q % warp_rows or not LEAST_THREADS <= threads <= MOST_THREADS:
+        multiple = THREAD_MULTIPLE // 32 * warp_rows
+        if tiles.q % multiple or threads > MOST_THREADS:
             raise ValueError(
-                f"plan.tiles.q={tiles.q}: the kernel takes query rows in multiples of {warp_rows} from "
-                f"{LEAST_THREADS // 32 * warp_rows} to {MOST_THREADS // 32 * warp_rows}"
+                f"plan.tiles.q={tiles.q}: the kernel takes query rows in multiples of {multiple} up to "
+                f"{MOST_THREADS // 32 * warp_rows}"
             )
         room = max(0, NUMBERS_BESIDE_QUERIES - numbers)
         resident_steps = min(columns // STEP, MOST_RESIDENT_STEPS, room * 4 // warp_rows)
@@ -119,5 +125,4 @@ def _warp_rows(tiles: Tiles, columns: int, value_columns: int, hardware: Hardwar
     wide = 2 * STEP
     fits_registers = columns <= WIDEST_COLUMNS and wide * (tiles.kv + value_columns) // 32 <= MOST_NUMBERS
     pays = hardware.compute_capability in WIDE_WARPS
-    whole = tiles.q % wide == 0 and tiles.q >= LEAST_THREADS // 32 * wide
-    return wide if pays and fits_registers and whole else STEP
+    return wide if pays and fits_registers and tiles.q % (THREAD_MULTIPLE // 32 * wide) == 0 else STEP

@@ -21,6 +21,7 @@ from cupy_kernels.parameters import struct_of
 from cupy_kernels.table import ALGORITHMS as KERNEL_ALGORITHMS
 from cupy_kernels.table import make_program
 from simattn import AttentionProblem, Traffic, count
+from simattn import default_plan as simulated_default_plan
 from simattn.algorithms import ALGORITHMS
 from simattn.algorithms.flash2 import Flash2Plan
 from simattn.arithmetic.formats import numpy_dtype
@@ -172,7 +173,7 @@ def test_a_launch(kernels, dtype):
     macros = dict(launched.variant.macros)
     assert (macros["STORAGE"], macros["COLUMNS"]) == (dtype, "64")
     assert "COUNT_TRAFFIC" not in macros
-    tiles = default_plan(AttentionProblem(q_len=70, head_dim=32, value_dim=48)).tiles
+    tiles = default_plan(AttentionProblem(q_len=70, head_dim=32, value_dim=48, dtype=dtype)).tiles
     assert (macros["QUERY_ROWS"], macros["KEY_ROWS"]) == (str(tiles.q), str(tiles.kv))
     assert launched.grid == (2 * 4 * math.ceil(70 / tiles.q),)
     assert launched.block[0] % 32 == 0
@@ -455,13 +456,36 @@ def test_arrays_that_are_refused(kernels, change, error, message):
     assert not kernels.launches
 
 
+@pytest.mark.parametrize(("units", "multiple"), [("cuda_cores", 8), ("tensor_cores", 16)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_two_byte_rows_start_at_multiples_of_eight_bytes(kernels, dtype):
-    rows = fake_cupy.Array((2, 70, 4, 36), numpy_dtype(dtype))[..., :32]  # 72 bytes apart
-    attention(rows, *list(device_arrays(dtype=dtype).values())[1:])
-    off = fake_cupy.Array((2, 70, 4, 34), numpy_dtype(dtype))[..., :32]
-    with pytest.raises(ValueError, match=r"q has a stride of .*: expected a multiple of 8"):
-        attention(off, *list(device_arrays(dtype=dtype).values())[1:])
+def test_two_byte_rows_start_at_whole_vectors(kernels, dtype, units, multiple):
+    plan, others = Flash2Plan(tiles=(64, 64), units=units), list(device_arrays(dtype=dtype).values())[1:]
+    apart = fake_cupy.Array((2, 70, 4, 32 + multiple // 2), numpy_dtype(dtype))[..., :32]
+    attention(apart, *others, plan=plan)
+    off = fake_cupy.Array((2, 70, 4, 32 + multiple // 4), numpy_dtype(dtype))[..., :32]
+    with pytest.raises(ValueError, match=rf"q has a stride of .*: expected a multiple of {multiple}"):
+        attention(off, *others, plan=plan)
+    assert kernels.launches[0].variant.function == ("flash2_forward" if multiple == 8 else "flash2_tensor_forward")
+
+
+def test_tensor_cores_are_for_two_byte_inputs_and_recent_devices():
+    plan = Flash2Plan(tiles=(128, 64), units="tensor_cores")
+    with pytest.raises(ValueError, match=r"units='tensor_cores' with dtype='float32'"):
+        make_program("flash2", "forward", AttentionProblem(q_len=5, dtype="float32"), plan, "H100-SXM")
+    problem = AttentionProblem(q_len=5, dtype="float16")
+    with pytest.raises(ValueError, match=r"T4 has compute capability 7\.5, the kernel needs 8\.0"):
+        make_program("flash2", "forward", problem, plan, "T4")
+    assert default_plan(problem, "T4").units == "cuda_cores"
+    assert default_plan(problem, "A100-40GB").units == "tensor_cores"
+
+
+@pytest.mark.parametrize("hardware", ["A100-40GB", "RTX-4090", "H100-SXM", "B200"])
+@pytest.mark.parametrize("columns", [8, 64, 96, 128, 192, 256])
+def test_both_sides_have_one_default_plan_for_tensor_cores(hardware, columns):
+    shape = {"heads": 2, "q_len": 50, "head_dim": columns, "dtype": "bfloat16"}
+    plan = default_plan(AttentionProblem(**shape), hardware)
+    assert plan == simulated_default_plan("flash2", hardware=hardware, **shape)
+    assert plan.units == "tensor_cores"
 
 
 @pytest.mark.parametrize(
