@@ -14,6 +14,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <memory>
 #include <vector>
 
 #define __global__
@@ -115,7 +116,7 @@ struct Thread {
 struct Block {
   Index index, blocks, threads_of_block;
   std::vector<Thread> threads;
-  std::vector<char> stacks;
+  std::unique_ptr<char[]> stacks;  // touched only as far as they grow
   std::vector<float4> shared;
   size_t shared_bytes;
   ucontext_t scheduler;
@@ -380,7 +381,7 @@ inline void start_block() {
     thread.open.clear(), thread.groups.clear();
     thread.votes = 0;
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = block.stacks.data() + i * STACK_BYTES;
+    thread.context.uc_stack.ss_sp = block.stacks.get() + i * STACK_BYTES;
     thread.context.uc_stack.ss_size = STACK_BYTES;
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, fiber, 0);

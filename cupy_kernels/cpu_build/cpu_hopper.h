@@ -452,10 +452,22 @@ inline Factor factor_at(unsigned address) {
   return Format<Stored>::factor(bits);
 }
 
+inline bool is_zero(const Factor (&factors)[DEPTH]) {
+  bool zero = true;
+  for (const Factor& factor : factors) zero = zero && !factor.significand;  // Inf and NaN have one
+  return zero;
+}
+
+inline bool is_finite(const Factor (&factors)[DEPTH]) {
+  bool finite = true;
+  for (const Factor& factor : factors) finite = finite && !factor.infinite && !factor.nan;
+  return finite;
+}
+
 // The rows of a warp.
 template <class Stored, int N, bool TRANSPOSED>
 inline void compute_product(StartedProduct& product, int warp) {
-  static Factor left[WARP_LANES / 2][DEPTH], right[N][DEPTH];
+  static Factor left[16][DEPTH], right[N][DEPTH];
   const Matrix matrix(product.operands.right);
   for (int column = 0; column < N; column++) {
     for (int i = 0; i < DEPTH; i++) right[column][i] = factor_at<Stored>(matrix.place(column, i, TRANSPOSED));
@@ -474,11 +486,21 @@ inline void compute_product(StartedProduct& product, int warp) {
       }
     }
   }
+  bool left_is_zero[16], right_is_zero[N], finite = true;
+  for (int row = 0; row < 16; row++) left_is_zero[row] = is_zero(left[row]), finite = finite && is_finite(left[row]);
+  for (int i = 0; i < N; i++) right_is_zero[i] = is_zero(right[i]), finite = finite && is_finite(right[i]);
   for (int lane = 0; lane < WARP_LANES; lane++) {
     std::vector<float>& sums = lanes[lane].sums->values;
     for (int i = 0; i < N / 2; i++) {
       const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      sums[i] = dot_add<Stored>(product.operands.accumulates ? sums[i] : 0.0f, left[row], right[column]);
+      if (!product.operands.accumulates) sums[i] = 0.0f;
+      // What padding and hidden keys add is known; the sum may still become +0, or the one NaN there is.
+      const bool adds_nothing = finite && (left_is_zero[row] || right_is_zero[column]) && sums[i] - sums[i] == 0.0f;
+      if (adds_nothing) {
+        sums[i] = sums[i] == 0.0f ? 0.0f : sums[i];
+      } else {
+        sums[i] = dot_add<Stored>(sums[i], left[row], right[column]);
+      }
     }
   }
 }

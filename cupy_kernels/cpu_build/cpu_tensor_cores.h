@@ -49,37 +49,46 @@ constexpr int DEPTH = 16;              // products in one fused dot-add
 constexpr int TERM_BITS = 25;          // that a term keeps below the highest exponent
 constexpr int LOWEST_EXPONENT = -133;  // floor of the highest exponent
 
+// A fused dot-add with Inf or NaN among its terms.
+inline float dot_add_special(float sum, const Factor (&a)[DEPTH], const Factor (&b)[DEPTH]) {
+  const bool unlimited = (__float_as_uint(sum) & 0x7f800000u) == 0x7f800000u;
+  bool nan = sum != sum, plus = unlimited && sum > 0.0f, minus = unlimited && sum < 0.0f;
+  for (int i = 0; i < DEPTH; i++) {
+    const bool infinite = a[i].infinite || b[i].infinite, negative = (a[i].significand < 0) != (b[i].significand < 0);
+    nan |= a[i].nan || b[i].nan || (infinite && (!a[i].significand || !b[i].significand));
+    plus |= infinite && !negative, minus |= infinite && negative;
+  }
+  if (nan || (plus && minus)) return __uint_as_float(NAN_BITS);
+  return __uint_as_float(minus ? 0xff800000u : 0x7f800000u);
+}
+
 // A fused dot-add, sum + a . b: terms truncated toward zero to a multiple of 2^(highest exponent - TERM_BITS), added
 // exactly, the result truncated toward zero. A product's exponent is the sum of its factors', not renormalised.
 template <class Stored>
 inline float dot_add(float sum, const Factor (&a)[DEPTH], const Factor (&b)[DEPTH]) {
   constexpr int PRODUCT_BITS = 2 * Format<Stored>::FRACTION_BITS;
   const unsigned bits = __float_as_uint(sum);
-  const int field = bits >> 23 & 255;
-  int significand = field ? (bits & 0x7fffff) | 0x800000 : bits & 0x7fffff;
-  if (bits >> 31) significand = -significand;
-  const int exponent = max(field, 1) - 127;
-  const bool unlimited = field == 255;
-  bool nan = sum != sum, plus = unlimited && significand > 0, minus = unlimited && significand < 0;
+  const int field = bits >> 23 & 255, exponent = max(field, 1) - 127;
+  const long long significand = field ? (bits & 0x7fffff) | 0x800000 : bits & 0x7fffff;
+  int products[DEPTH], exponents[DEPTH];
   int highest = significand ? max(exponent, LOWEST_EXPONENT) : LOWEST_EXPONENT;
+  bool special = field == 255;
   for (int i = 0; i < DEPTH; i++) {
-    const bool infinite = a[i].infinite || b[i].infinite, negative = (a[i].significand < 0) != (b[i].significand < 0);
-    nan |= a[i].nan || b[i].nan || (infinite && (!a[i].significand || !b[i].significand));
-    plus |= infinite && !negative, minus |= infinite && negative;
-    if (a[i].significand && b[i].significand) highest = max(highest, a[i].exponent + b[i].exponent);
+    products[i] = a[i].significand * b[i].significand;
+    exponents[i] = a[i].exponent + b[i].exponent;
+    special |= a[i].infinite | a[i].nan | b[i].infinite | b[i].nan;
+    highest = max(highest, products[i] ? exponents[i] : LOWEST_EXPONENT);
   }
-  if (nan || (plus && minus)) return __uint_as_float(NAN_BITS);
-  if (plus || minus) return __uint_as_float(minus ? 0xff800000u : 0x7f800000u);
-  const auto shifted = [](long long number, int left) {  // toward zero
-    if (left >= 0) return number * (1ll << left);
-    const long long magnitude = left < -62 ? 0 : (number < 0 ? -number : number) >> -left;
-    return number < 0 ? -magnitude : magnitude;
+  if (special) return dot_add_special(sum, a, b);
+  // The part of a term that is kept: its magnitude is shifted.
+  const auto kept_of = [](long long magnitude, int right, bool negative) {
+    const long long kept = magnitude >> min(right, 63);
+    return negative ? -kept : kept;
   };
-  long long total = shifted(significand, exponent - 23 - (highest - TERM_BITS));
+  long long total = kept_of(significand << (TERM_BITS - 23), highest - exponent, bits >> 31);
   for (int i = 0; i < DEPTH; i++) {
-    const long long product = static_cast<long long>(a[i].significand) * b[i].significand;
-    if (!product) continue;
-    total += shifted(product, a[i].exponent + b[i].exponent - PRODUCT_BITS - (highest - TERM_BITS));
+    const long long magnitude = products[i] < 0 ? -products[i] : products[i];
+    total += kept_of(magnitude << (TERM_BITS - PRODUCT_BITS), max(0, highest - exponents[i]), products[i] < 0);
   }
   if (!total) return 0.0f;
   const unsigned long long magnitude = total < 0 ? -total : total;
@@ -87,8 +96,8 @@ inline float dot_add(float sum, const Factor (&a)[DEPTH], const Factor (&b)[DEPT
   const int top = 63 - __builtin_clzll(magnitude), result = top + highest - TERM_BITS;
   if (result >= 128) return __uint_as_float(sign | 0x7f800000u);
   // Units of the last place: of a normal number, or of float32's smallest one.
-  const int unit = result >= -126 ? result - 23 : -149;
-  const unsigned kept = shifted(magnitude, highest - TERM_BITS - unit);
+  const int unit = result >= -126 ? result - 23 : -149, left = highest - TERM_BITS - unit;
+  const unsigned kept = left >= 0 ? magnitude << left : magnitude >> -left;
   if (!kept) return 0.0f;
   return __uint_as_float(sign | (result >= -126 ? kept + (static_cast<unsigned>(result + 126) << 23) : kept));
 }

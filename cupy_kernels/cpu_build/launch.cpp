@@ -22,7 +22,7 @@ extern "C" int launch(
   cpu::block = cpu::Block();
   cpu::block.blocks = {blocks, 1, 1};
   cpu::block.threads.resize(threads);
-  cpu::block.stacks.resize(threads * cpu::STACK_BYTES);
+  cpu::block.stacks.reset(new char[threads * cpu::STACK_BYTES]);
   cpu::block.shared_bytes = shared_bytes;
   cpu::block.shared.resize((shared_bytes + cpu::GUARD_BYTES) / sizeof(float4));
   cpu::block.copies = static_cast<cpu::Copies>(copies);
