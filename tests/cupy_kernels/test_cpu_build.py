@@ -19,6 +19,7 @@ from cupy_kernels import cpu_build, verify
 from cupy_kernels.cpu_build import COPIES, ORDERS, KernelFaultError, run_program
 from cupy_kernels.parameters import COLUMN_BUCKETS
 from cupy_kernels.table import ALGORITHMS, default_plan, make_program
+from simattn.hardware import get_hardware
 from simattn.plan import Tiles
 from simattn.planning import DEFAULT_HARDWARE
 from simattn.testing import assert_same_bits, attention_inputs, attention_problems
@@ -66,12 +67,27 @@ BUILDS = (
     Build("standard", "backward", 32, "float32", (("softmax_passes", 1),)),
     Build("standard", "backward", 192, "float16", (("softmax_passes", 2), ("grouped_gradients", "expand"))),
     Build("standard", "backward", 64, "bfloat16", (("grouped_gradients", "reduce"),)),
+    Build("flash3", "forward", 64, "bfloat16"),
+    Build("flash3", "forward", 64, "float16", (("tiles", Tiles(q=64, kv=64)), ("packed_heads", 2))),
+    Build("flash3", "forward", 96, "float16", (("tiles", Tiles(q=128, kv=80)),)),
+    Build("flash3", "forward", 128, "bfloat16"),
+    Build("flash3", "forward", 192, "float16", (("tiles", Tiles(q=64, kv=64)),)),
+    Build("flash3", "forward", 256, "bfloat16", (("tiles", Tiles(q=64, kv=64)),)),
 )  # fmt: skip
 
 
 def plan_of(build, problem):
+    changes = dict(build.changes)
+    if problem.group_size % changes.get("packed_heads", 1):
+        del changes["packed_heads"]
     plan = default_plan(problem, algorithm=build.algorithm, direction=build.direction)
-    return replace(plan, **dict(build.changes))
+    return replace(plan, **changes)
+
+
+def problem_of(build, **options):
+    """Return a problem with something to do for every step of a build's program."""
+    shape = {"q_len": 64, "heads": 2, "kv_heads": 1, "head_dim": build.columns, "dtype": build.dtype}
+    return simattn.AttentionProblem(**shape, **options)
 
 
 @st.composite
@@ -85,7 +101,7 @@ def cases(draw, builds=BUILDS, **arguments):
     drawn = draw(
         attention_problems(
             max_heads=4,
-            max_len=110,
+            max_len=200 if build.algorithm == "flash3" else 110,
             head_dims=(head_dim,),
             dtypes=(build.dtype,),
             block_sparse=False,
@@ -98,13 +114,15 @@ def cases(draw, builds=BUILDS, **arguments):
     return verify.Case(build.algorithm, build.direction, problem, plan_of(build, problem), inputs, {})
 
 
-def program_of(case):
-    return make_program(case.algorithm, case.direction, case.problem, case.plan, DEFAULT_HARDWARE)
+def program_of(case, multiprocessors=2):
+    """Return a case's program for a GPU of few multiprocessors, whose thread blocks have several turns."""
+    hardware = replace(get_hardware(DEFAULT_HARDWARE), streaming_multiprocessors=multiprocessors)
+    return make_program(case.algorithm, case.direction, case.problem, case.plan, hardware)
 
 
-def run_case(case, saved, **options):
+def run_case(case, saved, *, multiprocessors=2, **options):
     """Return the results of the CPU build, and what it counted."""
-    return run_program(program_of(case), {**case.inputs, **saved}, **options)
+    return run_program(program_of(case, multiprocessors), {**case.inputs, **saved}, **options)
 
 
 def assert_results(case, found, expected):
@@ -121,9 +139,10 @@ def compiled():
     """Compile the builds side by side."""
     kernels = set()
     for build in BUILDS:
-        problem = simattn.AttentionProblem(q_len=64, heads=2, kv_heads=1, head_dim=build.columns, dtype=build.dtype)
-        program = make_program(build.algorithm, build.direction, problem, plan_of(build, problem), DEFAULT_HARDWARE)
-        kernels |= {step.kernel for step in program.steps}
+        for causal in (False, True):
+            problem = problem_of(build, causal=causal)
+            program = make_program(build.algorithm, build.direction, problem, plan_of(build, problem), DEFAULT_HARDWARE)
+            kernels |= {step.kernel for step in program.steps}
     with ThreadPoolExecutor(2) as pool:
         assert all(library.exists() for library in pool.map(cpu_build.build, kernels))
 
@@ -137,12 +156,19 @@ def test_every_program_is_built():
 
 @pytest.mark.parametrize(("algorithm", "direction"), PROGRAMS)
 @settings(max_examples=40)
-@given(data=st.data(), order=st.sampled_from(ORDERS), copies=st.sampled_from(COPIES), seed=st.integers(0, 99))
-def test_bits_and_counts_are_the_simulated_machines(algorithm, direction, data, order, copies, seed):
+@given(
+    data=st.data(),
+    order=st.sampled_from(ORDERS),
+    copies=st.sampled_from(COPIES),
+    seed=st.integers(0, 99),
+    multiprocessors=st.sampled_from((1, 3, 132)),
+)
+def test_bits_and_counts_are_the_simulated_machines(algorithm, direction, data, order, copies, seed, multiprocessors):
     builds = [build for build in BUILDS if (build.algorithm, build.direction) == (algorithm, direction)]
     case = data.draw(cases(builds))
     expected = verify.simulate(case)
-    found, traffic = run_case(case, expected.saved, order=order, copies=copies, seed=seed)
+    options = {"order": order, "copies": copies, "seed": seed, "multiprocessors": multiprocessors}
+    found, traffic = run_case(case, expected.saved, **options)
     assert traffic == expected.traffic
     assert_results(case, found, expected.results)
 
@@ -153,8 +179,8 @@ def test_bits_do_not_depend_on_chance(case, seed):
     saved = verify.simulate(case).saved
     first, traffic = run_case(case, saved)
     results = {name: first[name] for name in verify.RESULTS[case.direction]}
-    for order, copies in (("reverse", "late"), ("random", "early")):
-        again, counted = run_case(case, saved, order=order, copies=copies, seed=seed)
+    for order, copies, multiprocessors in (("reverse", "late", 1), ("random", "early", 5)):
+        again, counted = run_case(case, saved, order=order, copies=copies, seed=seed, multiprocessors=multiprocessors)
         assert_results(case, again, results)
         assert counted == traffic
 
@@ -183,7 +209,8 @@ def test_hidden_keys_never_matter(case, special, seed):
 @pytest.mark.parametrize(("algorithm", "direction"), PROGRAMS)
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (1, 1), (0, 0)])
 def test_empty_and_single(algorithm, direction, q_len, kv_len):
-    problem = simattn.AttentionProblem(q_len=q_len, kv_len=kv_len, heads=2, head_dim=32, dtype="float32")
+    dtype = ALGORITHMS[algorithm].dtypes(get_hardware(DEFAULT_HARDWARE))[0]
+    problem = simattn.AttentionProblem(q_len=q_len, kv_len=kv_len, heads=2, head_dim=32, dtype=dtype)
     case = verify.random_case(algorithm, direction, problem)
     expected = verify.simulate(case)
     found, traffic = run_case(case, expected.saved)
@@ -231,7 +258,14 @@ def test_refuses_other_inputs():
 def compile_program(directory, text, *flags):
     source, program = directory / "program.cpp", directory / "program"
     source.write_text(text)
-    includes = [f"-I{cpu_build.KERNELS}", f"-I{cpu_build.HERE}", "-DCPU_BUILD", "-Wno-unknown-pragmas"]
+    (directory / "special_functions.h").write_text(cpu_build.special_functions_header())
+    includes = [
+        f"-I{cpu_build.KERNELS}",
+        f"-I{cpu_build.HERE}",
+        f"-I{directory}",
+        "-DCPU_BUILD",
+        "-Wno-unknown-pragmas",
+    ]
     subprocess.run([COMPILER, *cpu_build.FLAGS[:3], *includes, *flags, source, "-o", program], check=True)
     return program
 
@@ -240,7 +274,7 @@ def every_kernel():
     """Return one build of every kernel."""
     found = {}
     for build in BUILDS:
-        problem = simattn.AttentionProblem(q_len=64, heads=2, kv_heads=1, head_dim=build.columns, dtype=build.dtype)
+        problem = problem_of(build)
         program = make_program(build.algorithm, build.direction, problem, plan_of(build, problem), DEFAULT_HARDWARE)
         for step in program.steps:
             found.setdefault(step.kernel.function, step.kernel)
@@ -254,7 +288,7 @@ KERNELS = every_kernel()
 def test_parameter_struct_matches_its_declaration(function, tmp_path):
     kernel = KERNELS[function]
     source = (cpu_build.KERNELS / kernel.source).read_text()
-    (struct,) = re.findall(rf"\b{function}\(const (\w+) parameters\)", source)
+    (struct,) = re.findall(rf"\b{function}\(const (?:__grid_constant__ )?(\w+) parameters\)", source)
     within = {"matrices": "operand.heads", **{name: f"operand.{name}" for name in ("rows", "columns", "factor")}}
     problem_fields = ("batch", "heads", "group_size", "q_len", "kv_len", "head_dim", "value_dim",
                       "window_left", "window_right", "scale", "scale_log2")  # fmt: skip
