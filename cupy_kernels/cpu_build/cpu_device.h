@@ -106,9 +106,9 @@ struct Thread {
   const void* operands;        // of this lane
   float given, taken;          // by a shuffle
   unsigned votes;              // taken part in
-  bool (*is_over)(const Thread&);  // whether what it waits for has come
-  const char* awaited;             // what that is
-  uint64_t which;                  // of its kind
+  bool (*is_over)(const Thread&);   // whether what it waits for has come
+  void (*complain)(const Thread&);  // that it does not
+  uint64_t which;                   // of its kind it is
   std::vector<Copy> open;                 // copies of no group yet
   std::vector<std::vector<Copy>> groups;  // groups under way, oldest first
 };
@@ -301,9 +301,9 @@ inline void resolve_barrier() {
 }
 
 // Wait for something that other threads or the scheduler bring about.
-inline void wait_until(bool (*is_over)(const Thread&), const char* awaited, uint64_t which) {
+inline void wait_until(bool (*is_over)(const Thread&), void (*complain)(const Thread&), uint64_t which) {
   Thread& thread = *block.running;
-  thread.is_over = is_over, thread.awaited = awaited, thread.which = which;
+  thread.is_over = is_over, thread.complain = complain, thread.which = which;
   if (is_over(thread)) return;
   thread.state = State::waiting;
   return_to_scheduler();
@@ -395,10 +395,7 @@ inline void check_progress() {
   }
   for (Thread& thread : block.threads) {
     block.running = &thread;
-    if (thread.state == State::waiting) {
-      return record("waits for %s %llu, which does not come", thread.awaited,
-                    static_cast<unsigned long long>(thread.which));
-    }
+    if (thread.state == State::waiting) return thread.complain(thread);
     if (thread.state == State::at_barrier) {
       return record("waits at the barrier of line %d, which others do not reach", thread.line);
     }

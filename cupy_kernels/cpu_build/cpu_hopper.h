@@ -206,6 +206,13 @@ inline bool phase_is_over(const Thread& thread) {
   return (state.phase & 1) != (thread.which & 1);
 }
 
+inline void complain_of_phase(const Thread& thread) {
+  const unsigned address = thread.which >> 1, parity = thread.which & 1;
+  const BarrierState& state = hopper.barriers.find(address)->second;
+  record("waits for a phase of parity %u of the barrier at byte %u, whose phase lacks %d arrivals and %lld bytes", parity,
+         address, state.pending, state.bytes);
+}
+
 // Boxes
 
 inline unsigned swizzled(unsigned address) { return address ^ (address >> 7 & 7) << 4; }
@@ -375,6 +382,17 @@ inline bool named_is_over(const Thread& thread) {
   return hopper.named[thread.which].phase != hopper.lanes[thread.index.x].named_phase;
 }
 
+inline void wait_for_named(int number) {
+  wait_until(
+      named_is_over,
+      [](const Thread& thread) {
+        const NamedBarrier& barrier = hopper.named[thread.which];
+        const int number = thread.which;
+        record("waits at named barrier %d, to which %d of %d threads come", number, barrier.arrived, barrier.threads);
+      },
+      number);
+}
+
 // Registers
 
 inline void change_registers(int registers, bool more) {
@@ -393,7 +411,12 @@ inline void change_registers(int registers, bool more) {
         const Warp& warp = hopper.warps[thread.index.x / WARP_LANES];
         return hopper.free_registers >= (warp.wanted - warp.registers) * WARP_LANES;
       },
-      "registers for a thread,", registers);
+      [](const Thread& thread) {
+        const Warp& warp = hopper.warps[thread.index.x / WARP_LANES];
+        record("waits for %d registers instead of %d, and %d are free for its warp", warp.wanted, warp.registers,
+               hopper.free_registers);
+      },
+      0);
   hopper.free_registers -= (warp.wanted - warp.registers) * WARP_LANES;
   warp.registers = warp.wanted;
 }
@@ -626,7 +649,9 @@ inline void wait_for_products_but(int pending) {
   const size_t groups = lane.groups.size();
   const unsigned stop = groups > static_cast<size_t>(pending) ? lane.groups[groups - 1 - pending] : 0;
   if (stop <= lane.waited_for) return;
-  wait_until(products_are_started, "the rest of its warpgroup to start product", stop);
+  wait_until(
+      products_are_started,
+      [](const Thread&) { record("waits for products that the rest of its warpgroup does not start"); }, stop);
   complete_products(own_warpgroup(), stop, thread_number() % WARPGROUP_LANES / WARP_LANES);
   lane.waited_for = stop;
   lane.fenced = false;
@@ -747,19 +772,19 @@ inline void arrive_expecting(Barrier* barrier, unsigned bytes) { cpu::arrive_at(
 inline void wait(Barrier* barrier, unsigned parity) {
   const uint64_t address = shared_address(barrier);
   cpu::barrier_at(address, "waits");
-  cpu::wait_until(cpu::phase_is_over, "a phase of the barrier of byte and parity", address << 1 | (parity & 1));
+  cpu::wait_until(cpu::phase_is_over, cpu::complain_of_phase, address << 1 | (parity & 1));
 }
 
 inline void sync_named(int number, int threads) {
   cpu::meet_named(number, threads, false);
-  cpu::wait_until(cpu::named_is_over, "others at named barrier", number);
+  cpu::wait_for_named(number);
 }
 
 inline void arrive_named(int number, int threads) { cpu::meet_named(number, threads, false); }
 
 inline bool sync_named_any(int number, int threads, bool given) {
   cpu::meet_named(number, threads, given);
-  cpu::wait_until(cpu::named_is_over, "others at named barrier", number);
+  cpu::wait_for_named(number);
   return cpu::hopper.named[number].any;
 }
 
