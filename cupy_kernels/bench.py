@@ -31,7 +31,7 @@ from cupy_kernels.launch import checked_problem, present_hardware
 from cupy_kernels.table import ALGORITHMS, DEFAULT_ALGORITHM, default_programs
 from cupy_kernels.verify import environment
 from simattn import AttentionProblem, count
-from simattn.arithmetic.formats import ITEM_BYTES
+from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype
 from simattn.plan import Direction
 from simattn.tables import text_table
 
@@ -68,6 +68,9 @@ THROUGH_MEMORY = ("standard", "flash1")
 LONGEST_THROUGH_MEMORY = 4096
 """Longest sequences that the algorithms are timed on whose scores or outputs go through memory."""
 
+TENSOR_CORE_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")
+"""Backends of PyTorch that multiply on tensor cores."""
+
 Contenders = dict[str, Callable[[int], object]]
 """What to time, by name; each is called with the number of the inputs to take."""
 
@@ -97,14 +100,27 @@ class Shape:
         return square // 2 if self.causal else square
 
 
-SHAPES = tuple(
-    Shape(direction, dtype, head_dim, length, causal)
-    for direction in ("forward", "backward")
-    for dtype in ("float32", "float16")
-    for head_dim in (64, 128, 256)
-    for length in (2048, 4096, 8192)
-    for causal in (False, True)
+HEAD_DIMS = (64, 128, 256)
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+
+SHAPES = (
+    *(
+        Shape(direction, dtype, head_dim, length, causal)
+        for direction in ("forward", "backward")
+        for dtype in ("float32", "float16")
+        for head_dim in HEAD_DIMS
+        for length in (2048, 4096, 8192)
+        for causal in (False, True)
+    ),
+    # What tensor cores are compared on: 16 384 tokens, heads that make up 2048 columns.
+    *(
+        Shape("forward", "bfloat16", head_dim, length, causal, heads=2048 // head_dim, tokens=16384)
+        for head_dim in HEAD_DIMS
+        for length in LENGTHS
+        for causal in (False, True)
+    ),
 )
+"""What is timed; bfloat16 by the tensor cores alone, beside the backends that use them."""
 
 
 def device_seconds(contenders: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
@@ -236,7 +252,7 @@ def our_contenders(shape: Shape, inputs: list[tuple[Any, ...]]) -> tuple[Contend
 
     hardware = present_hardware(cupy.cuda.runtime.getDevice())
     for algorithm, chosen in ALGORITHMS.items():
-        if algorithm in THROUGH_MEMORY and shape.length > LONGEST_THROUGH_MEMORY:
+        if algorithm in THROUGH_MEMORY and (shape.length > LONGEST_THROUGH_MEMORY or shape.dtype == "bfloat16"):
             continue
         if shape.direction not in chosen.programs or chosen.refusal(problem, hardware) is not None:
             continue
@@ -267,6 +283,11 @@ def torch_contenders(shape: Shape, inputs: list[tuple[Any, ...]], peers: Sequenc
     torch.backends.cuda.matmul.allow_tf32 = False
     stream = torch.cuda.ExternalStream(require_cupy().cuda.get_current_stream().ptr)
 
+    def as_tensor(array: Any) -> Any:
+        if array.dtype.name == "bfloat16":  # which DLPack does not carry from CuPy
+            return torch.from_dlpack(array.view("int16")).view(torch.bfloat16)
+        return torch.from_dlpack(array)
+
     def with_backend(backend: Any) -> Callable[..., Any]:
         def attend(q: Any, k: Any, v: Any, causal: bool) -> Any:
             with sdpa_kernel(backend):
@@ -276,7 +297,7 @@ def torch_contenders(shape: Shape, inputs: list[tuple[Any, ...]], peers: Sequenc
         return attend
 
     def contender(attend: Callable[..., Any]) -> Callable[[int], object]:
-        tensors = [tuple(torch.from_dlpack(array) for array in arrays) for arrays in inputs]
+        tensors = [tuple(as_tensor(array) for array in arrays) for arrays in inputs]
 
         def forward(turn: int) -> object:
             with torch.cuda.stream(stream):
@@ -300,6 +321,7 @@ def torch_contenders(shape: Shape, inputs: list[tuple[Any, ...]], peers: Sequenc
     named = {
         f"torch {name.lower()}": with_backend(getattr(SDPBackend, name))
         for name in ("MATH", "EFFICIENT_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION")
+        if shape.dtype != "bfloat16" or name in TENSOR_CORE_BACKENDS
     }
     for peer in peers:
         name, _, place = peer.partition("=")
@@ -364,6 +386,14 @@ def _first_result(attend: Callable[..., Any]) -> Callable[..., Any]:
 # Measurements
 
 
+def stored(numbers: Any, dtype: str) -> Any:
+    """Return float32 numbers in a storage format, rounded to nearest even."""
+    if dtype != "bfloat16":
+        return numbers.astype(dtype)
+    bits = numbers.view("uint32")  # CuPy has no conversion to bfloat16
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("uint16").view(numpy_dtype(dtype))
+
+
 def measure(shape: Shape, peak: float, rounds: int, peers: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Time one shape by every contender."""
     cupy = require_cupy()
@@ -372,7 +402,7 @@ def measure(shape: Shape, peak: float, rounds: int, peers: Sequence[str] = ()) -
     input_bytes = arrays * shape.batch * shape.length * shape.heads * shape.head_dim * ITEM_BYTES[shape.dtype]
     copies = 1 + 2 * cupy.cuda.Device().attributes["L2CacheSize"] // input_bytes
     inputs = [
-        tuple(cupy.random.standard_normal(size, dtype="f4").astype(shape.dtype) for _ in range(arrays))
+        tuple(stored(cupy.random.standard_normal(size, dtype="f4"), shape.dtype) for _ in range(arrays))
         for _ in range(copies)
     ]
     contenders, counted = our_contenders(shape, inputs)
@@ -525,14 +555,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--read", help="JSON file of an earlier run, instead of measuring")
     parser.add_argument("--host", action="store_true", help="also time what calls and compilation cost the host")
     parser.add_argument("--rounds", type=int, default=11, help="times that each contender is timed (default 11)")
-    parser.add_argument("--dtype", choices=("float32", "float16"), help="only this storage format")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="only this storage format")
     parser.add_argument("--direction", choices=("forward", "backward"), help="only this direction")
-    parser.add_argument(
-        "--head-dims", nargs="+", type=int, choices=(64, 128, 256), default=(64, 128, 256), help="only these"
-    )
-    parser.add_argument(
-        "--lengths", nargs="+", type=int, choices=(2048, 4096, 8192), default=(2048, 4096, 8192), help="only these"
-    )
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS, help="only these")
+    parser.add_argument("--lengths", nargs="+", type=int, choices=LENGTHS, default=LENGTHS, help="only these")
     parser.add_argument(
         "--peer",
         action="append",

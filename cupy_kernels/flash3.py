@@ -31,14 +31,17 @@ COLUMN_BUCKETS = (64, 96, 128, 192, 256)
 FORWARD_TILES: dict[int, Tiles] = {
     64: Tiles(q=192, kv=128),
     96: Tiles(q=128, kv=128),
-    128: Tiles(q=128, kv=160),
+    128: Tiles(q=192, kv=80),
     192: Tiles(q=128, kv=112),
     256: Tiles(q=128, kv=80),
 }
-"""Tiles without a mask, by column bucket, that are fastest on an H100."""
+"""Tiles for many keys without a mask, by column bucket, that are fastest on an H100."""
 
-MASKED_FORWARD_TILES: dict[int, Tiles] = {**FORWARD_TILES, 128: Tiles(q=128, kv=128)}
-"""Tiles under a causal mask or a window, by column bucket, that are fastest on an H100."""
+SHORT_FORWARD_TILES: dict[int, Tiles] = {**FORWARD_TILES, 128: Tiles(q=128, kv=128)}
+"""Tiles under a causal mask or a window, and for few keys."""
+
+SHORT_LENGTH = 1536
+"""Keys up to which the tiles for few keys are the faster ones."""
 
 WARPGROUP = 128
 GROUP_ROWS = 64
@@ -49,7 +52,9 @@ SMALLEST_KEY_TILE, LARGEST_KEY_TILE, KEY_MULTIPLE = 64, 256, 16
 """Keys of a tile: the columns of a product."""
 
 SLAB_COLUMNS, SLAB_ROW_BYTES = 64, 128
-STAGES = 2
+RINGS = ((2, 2, 2), (1, 2, 2))
+"""Tiles of queries, keys and values in shared memory; the first that fits is taken. More gained nothing on an H100."""
+
 BARRIER_BYTES, WORK_BYTES = 256, 32
 """Shared memory for the barriers, and for each query tile's place."""
 
@@ -77,8 +82,9 @@ def column_bucket(problem: AttentionProblem) -> int:
 
 def default_forward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> Flash3Plan:
     """Return the tiles that are fastest; every device that runs the kernel has the shared memory for them."""
-    tiles = MASKED_FORWARD_TILES if is_masked(problem) else FORWARD_TILES
-    return Flash3Plan(tiles=tiles[column_bucket(problem)])
+    bucket = column_bucket(problem)
+    short = is_masked(problem) or problem.kv_len < SHORT_LENGTH
+    return Flash3Plan(tiles=(SHORT_FORWARD_TILES if short else FORWARD_TILES)[bucket])
 
 
 def refusal(problem: AttentionProblem, hardware: Hardware) -> str | None:
@@ -110,8 +116,6 @@ def check_plan(problem: AttentionProblem, plan: Flash3Plan) -> None:
         )
     if tiles.depth is not None and tiles.depth < max(problem.head_dim, problem.value_dim):
         raise ValueError(f"plan.tiles.depth={tiles.depth}: expected None, the kernel takes all columns at a time")
-    if plan.stages != STAGES:
-        raise ValueError(f"plan.stages={plan.stages}: the kernel has {STAGES}")
     if GROUP_ROWS % packed or problem.group_size % packed:
         raise ValueError(
             f"plan.packed_heads={packed}: expected a divisor of {GROUP_ROWS} and of the {problem.group_size} query "
@@ -132,12 +136,13 @@ def forward_kernel(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardwa
     """
     columns, tiles, packed = column_bucket(problem), plan.tiles, plan.packed_heads
     groups = tiles.q // GROUP_ROWS
-    for query_stages in (2, 1):
-        shared_bytes = shared_bytes_of(columns, tiles, query_stages)
+    for rings in RINGS:
+        shared_bytes = shared_bytes_of(columns, tiles, rings)
         if shared_bytes <= hardware.sram_bytes_per_block:
             break
     else:
         raise too_large(tiles, columns, hardware)
+    query_stages, key_stages, value_stages = rings
     return Kernel(
         source="flash3_forward.cu",
         function="flash3_forward",
@@ -147,10 +152,11 @@ def forward_kernel(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardwa
             query_rows=tiles.q,
             key_rows=tiles.kv,
             query_stages=query_stages,
+            key_stages=key_stages,
+            value_stages=value_stages,
             packed_heads=packed,
             masked=int(is_masked(problem)),
             take_turns=int(columns <= TURNS_COLUMNS and groups > 1),
-            negated=0,
         ),
         threads=WARPGROUP * (groups + 1),
         shared_bytes=shared_bytes,
@@ -164,10 +170,11 @@ def forward_kernel(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardwa
     )
 
 
-def shared_bytes_of(columns: int, tiles: Tiles, query_stages: int) -> int:
+def shared_bytes_of(columns: int, tiles: Tiles, rings: tuple[int, int, int]) -> int:
     """Return the shared memory of a thread block: slabs of queries, keys and values, barriers and places."""
     row_bytes = ceil_div(columns, SLAB_COLUMNS) * SLAB_ROW_BYTES
-    slabs = (query_stages * tiles.q + 2 * STAGES * tiles.kv) * row_bytes
+    query_stages, key_stages, value_stages = rings
+    slabs = (query_stages * tiles.q + (key_stages + value_stages) * tiles.kv) * row_bytes
     return slabs + BARRIER_BYTES + query_stages * WORK_BYTES
 
 

@@ -243,9 +243,9 @@ DEVICE void update_softmax(SoftmaxState& state, Probabilities& probabilities, Sc
         for (int i = 0; i < 2; i++) row_max = maximum_number(row_max, scores[m][n][2 * half + i]);
       row_max = maximum_number(row_max, shuffle_xor(row_max, 1));
       row_max = maximum_number(row_max, shuffle_xor(row_max, 2));
-      const float used = row_max == -infinity() ? 0.0f : row_max;
-      const float base = __fmul_rn(used, scale_log2);
-      const float correction = exp2_approximate(__fmul_rn(__fsub_rn(state.row_max[m][half], used), scale_log2));
+      const float reference = reference_of(row_max, scale_log2);
+      const float base = __fmul_rn(reference, scale_log2);
+      const float correction = exp2_approximate(__fmul_rn(__fsub_rn(state.row_max[m][half], reference), scale_log2));
       state.row_max[m][half] = row_max;
       float(&row_sum)[2] = state.row_sum[m][half];
 #pragma unroll
@@ -389,8 +389,8 @@ DEVICE void finish_softmax(
             round_pair<Stored>(__fmul_rn(out[2 * half], inverse), __fmul_rn(out[2 * half + 1], inverse)));
       }
       if (place.quad == 0 && work.row + row < problem.q_len) {
-        const float row_max = state.row_max[m][half], used = row_max == -infinity() ? 0.0f : row_max;
-        const float log_sum = __fmul_rn(__fmaf_rn(used, problem.scale_log2, log2_approximate(sum)), ln2);
+        const float reference = reference_of(state.row_max[m][half], problem.scale_log2);
+        const float log_sum = __fmul_rn(__fmaf_rn(reference, problem.scale_log2, log2_approximate(sum)), ln2);
         const long long at = (work.row + row) * parameters.lse_strides.row;
         store_number(lse + at, sum == 0.0f ? -infinity() : log_sum, lse_counter);
       }

@@ -2,8 +2,7 @@
 // simattn/algorithms/flash3.py: each thread block keeps one query tile and its output on chip and streams the keys and
 // values past it.
 //
-// One warp loads: queries, keys and values arrive in shared memory by TMA, keys and values through a ring of STAGES
-// tiles each. Warpgroups of 64 query rows compute. While the exponentials of one tile of keys are taken, the tensor
+// One warp loads: queries, keys and values arrive in shared memory by TMA, each through a ring of tiles. Warpgroups of 64 query rows compute. While the exponentials of one tile of keys are taken, the tensor
 // cores work on the scores of the next one and on the output of the one before; with TAKE_TURNS the warpgroups issue
 // their products one after the other, so that one's exponentials fall into another's products.
 //
@@ -19,10 +18,11 @@
 //   QUERY_ROWS    query rows of a thread block's tile, a multiple of 64
 //   KEY_ROWS      keys of a tile, a multiple of 16; sets the order of sums
 //   QUERY_STAGES  query tiles in shared memory
+//   KEY_STAGES    tiles of keys in shared memory
+//   VALUE_STAGES  tiles of values in shared memory
 //   PACKED_HEADS  query heads of a KV head whose rows share a tile, position by position; divides 64
 //   MASKED        whether keys are hidden by a causal mask or a window
 //   TAKE_TURNS    whether the warpgroups issue their products in turns
-//   NEGATED       whether the scale is negative
 //   COUNT_TRAFFIC if defined, bytes moved are added to `counters`
 #include "counters.cuh"
 #include "hopper.cuh"
@@ -36,7 +36,6 @@ constexpr int GROUP_ROWS = 64;  // query rows of a warpgroup
 constexpr int WARP_ROWS = 16;
 constexpr int CONSUMERS = QUERY_ROWS / GROUP_ROWS;
 constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
-constexpr int STAGES = 2;
 constexpr int SLABS = (COLUMNS + SLAB_COLUMNS - 1) / SLAB_COLUMNS;
 constexpr int SCORES = KEY_ROWS / 2;   // of a thread, in two rows
 constexpr int OUTPUTS = COLUMNS / 2;
@@ -53,10 +52,9 @@ constexpr int QUERY_BYTES = CONSUMERS * QUERY_GROUP_BYTES;
 constexpr int KEY_SLAB_BYTES = KEY_ROWS * SLAB_ROW_BYTES;
 constexpr int KEY_BYTES = SLABS * KEY_SLAB_BYTES;
 constexpr int K_OFFSET = QUERY_STAGES * QUERY_BYTES;
-constexpr int V_OFFSET = K_OFFSET + STAGES * KEY_BYTES;
-constexpr int BARRIERS_OFFSET = V_OFFSET + STAGES * KEY_BYTES;
+constexpr int V_OFFSET = K_OFFSET + KEY_STAGES * KEY_BYTES;
+constexpr int BARRIERS_OFFSET = V_OFFSET + VALUE_STAGES * KEY_BYTES;
 constexpr int BARRIERS_BYTES = 256;
-constexpr int INSPECTORS = 3;  // warps that look for infinite values and NaN
 constexpr int WORK_OFFSET = BARRIERS_OFFSET + BARRIERS_BYTES;
 constexpr int SHARED_BYTES = WORK_OFFSET + QUERY_STAGES * 32;
 
@@ -83,9 +81,8 @@ enum Flash3ForwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE, COU
 
 struct Barriers {
   Barrier q_full[QUERY_STAGES][CONSUMERS], q_empty[QUERY_STAGES][CONSUMERS];
-  Barrier k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-  Barrier v_inspected[STAGES];
-  unsigned is_special[STAGES][INSPECTORS];
+  Barrier k_full[KEY_STAGES], k_empty[KEY_STAGES];
+  Barrier v_full[VALUE_STAGES], v_empty[VALUE_STAGES];
 };
 
 static_assert(sizeof(Barriers) <= BARRIERS_BYTES, "barriers fit");
@@ -95,16 +92,16 @@ struct Constant {
   static constexpr bool value = VALUE;
 };
 
-// A stage of a ring and the parity of its present phase.
+// A place in a ring of tiles in shared memory: the stage and the parity of its present phase.
 template <int LENGTH>
-struct Ring {
-  int stage = 0;
-  unsigned parity = 0;
+class Ring {
+ public:
+  DEVICE int stage() const { return turn_ % LENGTH; }
+  DEVICE unsigned parity() const { return turn_ / LENGTH & 1; }
+  DEVICE void advance() { turn_++; }
 
-  DEVICE void advance() {
-    stage++;
-    if (stage == LENGTH) stage = 0, parity ^= 1;
-  }
+ private:
+  unsigned turn_ = 0;
 };
 
 // One query tile. The loading thread works it out and hands it on with the queries.
@@ -179,17 +176,17 @@ DEVICE void load_queries(
     char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters, const Work& work,
     const Ring<QUERY_STAGES>& ring, ByteCounter& counter) {
   const Problem& problem = parameters.problem;
-  for (int group = 0; group < CONSUMERS; group++) wait(&barriers->q_empty[ring.stage][group], ring.parity ^ 1);
-  static_cast<Work&>(work_places(shared)[ring.stage]) = work;
+  for (int group = 0; group < CONSUMERS; group++) wait(&barriers->q_empty[ring.stage()][group], ring.parity() ^ 1);
+  static_cast<Work&>(work_places(shared)[ring.stage()]) = work;
   for (int group = 0; group < CONSUMERS; group++) {
-    Barrier* full = &barriers->q_full[ring.stage][group];
+    Barrier* full = &barriers->q_full[ring.stage()][group];
     if (work.row == NO_ROW) {
       arrive(full);
       continue;
     }
     arrive_expecting(full, QUERY_GROUP_BYTES);
     const int row = work.row + group * GROUP_ROWS, position = row / PACKED_HEADS;
-    char* to = shared + ring.stage * QUERY_BYTES + group * QUERY_GROUP_BYTES;
+    char* to = shared + ring.stage() * QUERY_BYTES + group * QUERY_GROUP_BYTES;
     for (int slab = 0; slab < SLABS; slab++) {
       start_box_load(
           to + slab * QUERY_SLAB_BYTES, &parameters.q_map, full, Reuse::ONCE, slab * SLAB_COLUMNS, 0, position,
@@ -218,17 +215,18 @@ DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters
   ByteCounter q_bytes(parameters.counters + COUNT_Q), k_bytes(parameters.counters + COUNT_K);
   ByteCounter v_bytes(parameters.counters + COUNT_V), schedule_bytes(parameters.counters + COUNT_SCHEDULE);
   Ring<QUERY_STAGES> queries;
-  Ring<STAGES> keys, values;
+  Ring<KEY_STAGES> keys;
+  Ring<VALUE_STAGES> values;
   const auto load_k = [&](const Work& work, int tile) {
     load_keys(
-        shared + K_OFFSET + keys.stage * KEY_BYTES, &barriers->k_full[keys.stage], &barriers->k_empty[keys.stage],
-        &parameters.k_map, problem, problem.head_dim, work, tile, keys.parity, k_bytes);
+        shared + K_OFFSET + keys.stage() * KEY_BYTES, &barriers->k_full[keys.stage()], &barriers->k_empty[keys.stage()],
+        &parameters.k_map, problem, problem.head_dim, work, tile, keys.parity(), k_bytes);
     keys.advance();
   };
   const auto load_v = [&](const Work& work, int tile) {
     load_keys(
-        shared + V_OFFSET + values.stage * KEY_BYTES, &barriers->v_full[values.stage],
-        &barriers->v_empty[values.stage], &parameters.v_map, problem, problem.value_dim, work, tile, values.parity,
+        shared + V_OFFSET + values.stage() * KEY_BYTES, &barriers->v_full[values.stage()],
+        &barriers->v_empty[values.stage()], &parameters.v_map, problem, problem.value_dim, work, tile, values.parity(),
         v_bytes);
     values.advance();
   };
@@ -265,16 +263,12 @@ struct Place {
   }
 };
 
-DEVICE float higher(float a, float b) { return NEGATED ? fminf(a, b) : fmaxf(a, b); }
-
 // Running softmax of two rows.
 struct SoftmaxState {
-  float row_max[2];      // of unscaled scores; the minimum if the scale is negative
+  float row_max[2];      // of unscaled scores
   float row_sum[2][2];   // of the thread's even and odd columns
   float correction[2];
 };
-
-DEVICE float lowest() { return NEGATED ? infinity() : -infinity(); }
 
 // Which keys the rows of a query tile see.
 class Sight {
@@ -317,7 +311,7 @@ DEVICE void hide(float (&scores)[SCORES], const Sight& sight, int group, int til
   for (int i = 0; i < SCORES; i++) {
     const int key = i / 4 * 8 + i % 2, row = i / 2 % 2;
     const bool seen = MASKED ? key >= first[row] && key < stop[row] : key < stop[row];
-    scores[i] = seen ? scores[i] : lowest();
+    scores[i] = seen ? scores[i] : -infinity();
   }
 }
 
@@ -329,17 +323,17 @@ DEVICE void update_softmax(SoftmaxState& state, float (&scores)[SCORES], float s
     float even = scores[2 * row], odd = scores[2 * row + 1];
 #pragma unroll
     for (int i = 4 + 2 * row; i < SCORES; i += 4) {
-      even = higher(even, scores[i]);
-      odd = higher(odd, scores[i + 1]);
+      even = maximum_number(even, scores[i]);
+      odd = maximum_number(odd, scores[i + 1]);
     }
-    float row_max = higher(even, odd);
-    if (!FIRST) row_max = higher(row_max, state.row_max[row]);
-    row_max = higher(row_max, shuffle_xor(row_max, 1));
-    row_max = higher(row_max, shuffle_xor(row_max, 2));
-    const float used = row_max == lowest() ? 0.0f : row_max;
-    if (!FIRST) state.correction[row] = exp2_approximate(__fmul_rn(__fsub_rn(state.row_max[row], used), scale_log2));
+    float row_max = maximum_number(even, odd);
+    if (!FIRST) row_max = maximum_number(row_max, state.row_max[row]);
+    row_max = maximum_number(row_max, shuffle_xor(row_max, 1));
+    row_max = maximum_number(row_max, shuffle_xor(row_max, 2));
+    const float reference = reference_of(row_max, scale_log2);
+    if (!FIRST) state.correction[row] = exp2_approximate(__fmul_rn(__fsub_rn(state.row_max[row], reference), scale_log2));
     state.row_max[row] = row_max;
-    const float offset = -__fmul_rn(used, scale_log2);
+    const float offset = -__fmul_rn(reference, scale_log2);
 #pragma unroll
     for (int i = 2 * row; i < SCORES; i += 4) {
       scores[i] = exp2_approximate(__fmaf_rn(scores[i], scale_log2, offset));
@@ -436,48 +430,19 @@ constexpr unsigned EXPONENTS = 0x7f807f80u;
 template <>
 constexpr unsigned EXPONENTS<float16> = 0x7c007c00u;
 
-// Whether an inspector's part of a tile of values holds Inf or NaN.
-DEVICE bool holds_special(unsigned v, int inspector) {
+// Whether a tile of values holds Inf or NaN; the warpgroup's threads share the work.
+DEVICE bool holds_special(unsigned v, int group) {
   constexpr unsigned UNITS = 0x80008000u - EXPONENTS<Stored>;  // what carries a field of all ones into the sign's place
   unsigned carried = 0;
-#pragma unroll 1
-  for (int offset = (inspector * WARP + threadIdx.x % WARP) * 16; offset < KEY_BYTES; offset += INSPECTORS * WARP * 16) {
+#pragma unroll (CONSUMERS == 3 ? 1 : 4)
+  for (int offset = fresh_thread_index() % WARPGROUP * 16; offset < KEY_BYTES; offset += WARPGROUP * 16) {
     const Four words = load_shared(v + offset);
     carried |= (words.x & EXPONENTS<Stored>) + UNITS;
     carried |= (words.y & EXPONENTS<Stored>) + UNITS;
     carried |= (words.z & EXPONENTS<Stored>) + UNITS;
     carried |= (words.w & EXPONENTS<Stored>) + UNITS;
   }
-  return any_lane(carried & 0x80008000u);
-}
-
-// Look through the tiles of values that hide keys from rows of the query tile.
-DEVICE void inspect(char* shared, Barriers* barriers, const Problem& problem, int inspector) {
-  Ring<QUERY_STAGES> queries;
-  Ring<STAGES> values;
-  for (;;) {
-    wait(&barriers->q_full[queries.stage][0], queries.parity);
-    const Work work = work_places(shared)[queries.stage];
-    __syncwarp();
-    if (threadIdx.x % WARP == 0) arrive(&barriers->q_empty[queries.stage][0]);
-    queries.advance();
-    if (work.row == NO_ROW) break;
-    const Sight sight(problem, work.row);
-    const int first_whole = sight.first_whole(), stop_whole = sight.stop_whole();
-    for (int tile = work.first_tile; tile < work.stop_tile; tile++) {
-      wait(&barriers->v_full[values.stage], values.parity);
-      if (tile < first_whole || tile >= stop_whole) {
-        const bool is_special =
-            holds_special(shared_address(shared) + V_OFFSET + values.stage * KEY_BYTES, inspector);
-        if (threadIdx.x % WARP == 0) {
-          barriers->is_special[values.stage][inspector] = is_special;
-          arrive(&barriers->v_inspected[values.stage]);
-        }
-      }
-      if (threadIdx.x % WARP == 0) arrive(&barriers->v_empty[values.stage]);
-      values.advance();
-    }
-  }
+  return sync_named_any(2 + CONSUMERS + group, WARPGROUP, carried & 0x80008000u);
 }
 
 // Which turn it is: the warpgroups' products are issued in turns.
@@ -507,8 +472,8 @@ DEVICE void finish(
     const int packed = group_row + place.row + 8 * row, position = packed / PACKED_HEADS;
     if (place.quad == 0 && position < problem.q_len) {
       const int head = work.head * PACKED_HEADS + packed % PACKED_HEADS;
-      const float used = state.row_max[row] == lowest() ? 0.0f : state.row_max[row];
-      const float logarithm = __fmul_rn(__fmaf_rn(used, problem.scale_log2, log2_approximate(sum)), 0x1.62e43p-1f);
+      const float reference = reference_of(state.row_max[row], problem.scale_log2);
+      const float logarithm = __fmul_rn(__fmaf_rn(reference, problem.scale_log2, log2_approximate(sum)), 0x1.62e43p-1f);
       float* lse = row_of(parameters.lse, parameters.lse_strides, work.batch, head, position);
       lse_bytes.add(4);
       store_4_bytes(lse, bits_of_float(sum == 0.0f ? -infinity() : logarithm));
@@ -555,8 +520,8 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
   const unsigned long long k = describe_matrix(shared_address(shared) + K_OFFSET, 0);
   const unsigned long long v = describe_matrix(v_tiles, KEY_SLAB_BYTES);
   Ring<QUERY_STAGES> queries;
-  Ring<STAGES> keys, values;
-  unsigned inspected = 0;  // parities of what the inspectors announce next, by stage
+  Ring<KEY_STAGES> keys;
+  Ring<VALUE_STAGES> values;
   const auto release = [&](Barrier* barrier) {
     if (is_first_lane) arrive(barrier);
   };
@@ -564,8 +529,8 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     return shared + stage * QUERY_BYTES + group * QUERY_GROUP_BYTES;
   };
   const auto await_work = [&]() -> Work {
-    wait(&barriers->q_full[queries.stage][group], queries.parity);
-    const Work work = work_places(shared)[queries.stage];
+    wait(&barriers->q_full[queries.stage()][group], queries.parity());
+    const Work work = work_places(shared)[queries.stage()];
     // The same in all lanes, as the compiler would not know.
     return {first_lane(work.batch), first_lane(work.head), first_lane(work.row), first_lane(work.first_tile),
             first_lane(work.stop_tile)};
@@ -573,43 +538,39 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
   const auto start_next_scores = [&](float (&scores)[SCORES]) {
     fence_products();
     start_scores(
-        scores, describe_matrix(shared_address(queries_of(queries.stage)), 0), moved_on(k, keys.stage * KEY_BYTES));
+        scores, describe_matrix(shared_address(queries_of(queries.stage())), 0), moved_on(k, keys.stage() * KEY_BYTES));
     commit_products();
   };
   const auto start_next_values = [&](
       float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], bool adds) {
-    wait(&barriers->v_full[values.stage], values.parity);
+    wait(&barriers->v_full[values.stage()], values.parity());
     fence_products();
-    start_values(out, probabilities, moved_on(v, values.stage * KEY_BYTES), adds);
+    start_values(out, probabilities, moved_on(v, values.stage() * KEY_BYTES), adds);
     commit_products();
   };
   const auto release_keys = [&] {
-    release(&barriers->k_empty[keys.stage]);
+    release(&barriers->k_empty[keys.stage()]);
     keys.advance();
   };
   const auto release_values = [&] {
-    release(&barriers->v_empty[values.stage]);
+    release(&barriers->v_empty[values.stage()]);
     values.advance();
   };
-  // Under a mask, a tile whose keys not all rows see, and whose values are infinite or NaN, is added another way; returns
-  // whether that was done.
+  // Whether the values of a tile need the way around those that are infinite or NaN: under a mask, where the tile hides
+  // keys. `place` is theirs in the ring.
+  const auto are_special = [&](const Sight& sight, int tile, const Ring<VALUE_STAGES>& place) {
+    if (!MASKED || !sight.hides(tile)) return false;
+    wait(&barriers->v_full[place.stage()], place.parity());
+    return holds_special(v_tiles + place.stage() * KEY_BYTES, group);
+  };
   const auto add_special_values = [&](
       float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], const Sight& sight, int tile, bool adds) {
-    if (!MASKED || !sight.hides(tile)) return false;
-    wait(&barriers->v_inspected[values.stage], inspected >> values.stage & 1);
-    inspected ^= 1 << values.stage;
-    unsigned is_special = 0;
-#pragma unroll
-    for (int i = 0; i < INSPECTORS; i++) is_special |= barriers->is_special[values.stage][i];
-    if (!first_lane(is_special)) return false;
-    wait(&barriers->v_full[values.stage], values.parity);
     if (!adds) {
 #pragma unroll
       for (int i = 0; i < OUTPUTS; i++) out[i] = 0.0f;
     }
-    add_seen_values(out, probabilities, v_tiles + values.stage * KEY_BYTES, sight, group, tile);
+    add_seen_values(out, probabilities, v_tiles + values.stage() * KEY_BYTES, sight, group, tile);
     release_values();
-    return true;
   };
   // Take the scores of a tile into the softmax. The compiler moves no exponential past the wait for the next keys, so that
   // they overlap with the products under way.
@@ -620,12 +581,12 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     if constexpr (decltype(hides)::value) hide(scores, sight, group, tile);
     update_softmax<decltype(is_first)::value>(state, scores, scale_log2);
     settle(scores), settle(state.row_sum[0]), settle(state.row_sum[1]);
-    if (tile + 1 < stop_tile) wait(&barriers->k_full[keys.stage], keys.parity);
+    if (tile + 1 < stop_tile) wait(&barriers->k_full[keys.stage()], keys.parity());
   };
   const auto store_result = [&](float (&out)[OUTPUTS], const SoftmaxState& state) {
-    const Work work = work_places(shared)[queries.stage];
-    finish(out, state, queries_of(queries.stage), parameters, work, group, out_bytes, lse_bytes);
-    release(&barriers->q_empty[queries.stage][group]);
+    const Work work = work_places(shared)[queries.stage()];
+    finish(out, state, queries_of(queries.stage()), parameters, work, group, out_bytes, lse_bytes);
+    release(&barriers->q_empty[queries.stage()][group]);
     queries.advance();
   };
 
@@ -633,7 +594,7 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
   for (;;) {
     const Work work = await_work();
     if (work.row == NO_ROW) break;
-    SoftmaxState state = {{lowest(), lowest()}, {{0.0f, 0.0f}, {0.0f, 0.0f}}, {1.0f, 1.0f}};
+    SoftmaxState state = {{-infinity(), -infinity()}, {{0.0f, 0.0f}, {0.0f, 0.0f}}, {1.0f, 1.0f}};
     if (work.first_tile == work.stop_tile) {
       float out[OUTPUTS] = {};
       store_result(out, state);
@@ -642,34 +603,40 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     float out[OUTPUTS], scores[SCORES];
     unsigned probabilities[SCORES / 2];
     const Sight sight(problem, work.row);
-    wait(&barriers->k_full[keys.stage], keys.parity);
+    wait(&barriers->k_full[keys.stage()], keys.parity());
     start_next_scores(scores);
+    // Looked at while the products are under way
+    bool is_special = are_special(sight, work.first_tile, values);
     wait_for_products<0>();
     take_scores(scores, state, sight, work.first_tile, work.stop_tile, Constant<true>(), Constant<true>());
     round_probabilities(probabilities, scores);
 
+    bool adds = false;  // whether the output holds the values of a tile
     // The scores of a tile, and meanwhile the values of the one before.
     const auto take_tile = [&](int tile, auto hides, auto hidden_before) {
-      const bool adds = tile > work.first_tile + 1;
-      bool is_added = false;
-      if constexpr (MASKED && decltype(hidden_before)::value) {
-        is_added = add_special_values(out, probabilities, sight, tile - 1, adds);
-      }
-      await_turn(group);
-      if (is_added) {
+      constexpr bool HIDES = decltype(hides)::value, HIDDEN_BEFORE = MASKED && decltype(hidden_before)::value;
+      if (HIDDEN_BEFORE && is_special) {
+        add_special_values(out, probabilities, sight, tile - 1, adds);
+        await_turn(group);
         start_next_scores(scores);
         end_turn(group);
+        is_special = HIDES && are_special(sight, tile, values);
         wait_for_products<0>();
         take_scores(scores, state, sight, tile, work.stop_tile, Constant<false>(), hides);
       } else {
+        await_turn(group);
         start_next_scores(scores);
         start_next_values(out, probabilities, adds);
         end_turn(group);
+        Ring<VALUE_STAGES> next = values;
+        next.advance();
+        is_special = HIDES && are_special(sight, tile, next);
         wait_for_products<1>();
         take_scores(scores, state, sight, tile, work.stop_tile, Constant<false>(), hides);
         wait_for_products<0>();
         release_values();
       }
+      adds = true;
       round_probabilities(probabilities, scores);
       // Most tiles raise no maximum of a warp's rows: a correction by 1 changes no bit.
       if (!SKIPS_CORRECTIONS || any_lane(state.correction[0] != 1.0f || state.correction[1] != 1.0f)) {
@@ -687,8 +654,9 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     for (; tile < stop_whole; tile++) take_tile(tile, Constant<false>(), Constant<false>());
     for (; tile < work.stop_tile; tile++) take_tile(tile, Constant<true>(), Constant<true>());
 
-    const bool adds = work.first_tile + 1 < work.stop_tile;
-    if (!(MASKED && add_special_values(out, probabilities, sight, work.stop_tile - 1, adds))) {
+    if (MASKED && is_special) {
+      add_special_values(out, probabilities, sight, work.stop_tile - 1, adds);
+    } else {
       start_next_values(out, probabilities, adds);
       wait_for_products<0>();
       release_values();
@@ -706,15 +674,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int group = 0; group < CONSUMERS; group++) {
       for (int stage = 0; stage < QUERY_STAGES; stage++) {
         init_barrier(&barriers->q_full[stage][group], 1);
-        init_barrier(&barriers->q_empty[stage][group], 4 + (MASKED && group == 0 ? INSPECTORS : 0));
+        init_barrier(&barriers->q_empty[stage][group], 4);
       }
     }
-    for (int stage = 0; stage < STAGES; stage++) {
+    for (int stage = 0; stage < KEY_STAGES; stage++) {
       init_barrier(&barriers->k_full[stage], 1);
-      init_barrier(&barriers->v_full[stage], 1);
-      init_barrier(&barriers->v_inspected[stage], INSPECTORS);
       init_barrier(&barriers->k_empty[stage], 4 * CONSUMERS);
-      init_barrier(&barriers->v_empty[stage], 4 * CONSUMERS + (MASKED ? INSPECTORS : 0));
+    }
+    for (int stage = 0; stage < VALUE_STAGES; stage++) {
+      init_barrier(&barriers->v_full[stage], 1);
+      init_barrier(&barriers->v_empty[stage], 4 * CONSUMERS);
     }
     publish_barriers();
   }
@@ -722,7 +691,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (warp_index() < 4) {
     shrink_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) load(shared, barriers, parameters);
-    if (MASKED && warp_index() > 0) inspect(shared, barriers, parameters.problem, warp_index() - 1);
   } else {
     grow_registers<CONSUMER_REGISTERS>();
     compute(shared, barriers, parameters);

@@ -157,3 +157,8 @@ DEVICE bool any_of_warp(bool given) { return __any_sync(ALL_LANES, given); }
 DEVICE bool synchronise_any(bool given) { return __syncthreads_or(given); }
 
 #endif
+
+// What the scores of a row are taken relative to: their maximum, or 0 where all are -Inf in units of log2.
+DEVICE float reference_of(float row_max, float scale_log2) {
+  return __fmul_rn(row_max, scale_log2) == -infinity() ? 0.0f : row_max;
+}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from simattn.arithmetic import special_functions, tensor_cores
-from simattn.arithmetic.floating import FloatArithmetic, HiddenElements, Values, finite_maximum
+from simattn.arithmetic.floating import FloatArithmetic, HiddenElements, Values
 from simattn.arithmetic.formats import numpy_dtype
 from simattn.arithmetic.simt import LN2, matrices_of
 from simattn.arithmetic.simt_loops import fused_multiply_add
@@ -123,14 +123,20 @@ class HopperArithmetic(FloatArithmetic):
         higher: Values = np.fmax(row_max, np.fmax.reduce(scores, axis=-1, keepdims=True))
         return higher
 
+    def reference(self, row_max: Values) -> Values:
+        """Return what the scores of a row are taken relative to: their maximum, or 0 where all are −inf · factor."""
+        with np.errstate(over="ignore"):
+            empty = row_max * np.float32(self.factor) == -np.inf
+        return np.where(empty, np.float32(0), row_max)
+
     def correction(self, old_max: Values, new_max: Values) -> Values:
         """Return 2^((old_max − new_max) · factor), 0 where no score was seen before."""
-        return special_functions.ex2((old_max - finite_maximum(new_max)) * np.float32(self.factor))
+        return special_functions.ex2((old_max - self.reference(new_max)) * np.float32(self.factor))
 
     def exponential(self, scores: Values, row_max: Values) -> None:
         """Replace scores by 2^(scores · factor − row_max · factor), the first product fused."""
         factor = np.float32(self.factor)
-        fused_multiply_add(scores, factor, -(finite_maximum(row_max) * factor), out=scores)
+        fused_multiply_add(scores, factor, -(self.reference(row_max) * factor), out=scores)
         special_functions.ex2(scores, out=scores)
 
     def updated_row_sum(self, row_sum: Values, factor: Values | None, values: Values) -> Values:
@@ -156,7 +162,7 @@ class HopperArithmetic(FloatArithmetic):
     def log_sum_exp(self, row_max: Values, row_sum: Values) -> Values:
         """Return (row_max · factor + log₂ row_sum) · ln 2, the first product fused; −inf in rows whose sum is 0."""
         total = _total(row_sum)
-        exponent = fused_multiply_add(finite_maximum(row_max), np.float32(self.factor), special_functions.lg2(total))
+        exponent = fused_multiply_add(self.reference(row_max), np.float32(self.factor), special_functions.lg2(total))
         return np.where(total == 0, np.float32(-np.inf), exponent * LN2)
 
 

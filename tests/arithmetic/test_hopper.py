@@ -56,7 +56,8 @@ class Row:
     out: Any = None
 
     def base(self) -> Any:
-        return ZERO if self.row_max == LOWEST else self.row_max
+        with np.errstate(over="ignore"):
+            return ZERO if self.row_max * self.factor == LOWEST else self.row_max
 
     def take(self, q: Any, k: Any, v: Any, seen: Any) -> None:
         """Take a tile of keys."""
