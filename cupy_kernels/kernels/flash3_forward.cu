@@ -442,7 +442,8 @@ DEVICE bool holds_special(unsigned v, int group) {
     carried |= (words.z & EXPONENTS<Stored>) + UNITS;
     carried |= (words.w & EXPONENTS<Stored>) + UNITS;
   }
-  return sync_named_any(2 + CONSUMERS + group, WARPGROUP, carried & 0x80008000u);
+  // By a vote, so that the compiler knows that all lanes go the same way, and keeps what follows in uniform registers.
+  return any_lane(sync_named_any(2 + CONSUMERS + group, WARPGROUP, carried & 0x80008000u));
 }
 
 // Which turn it is: the warpgroups' products are issued in turns.
