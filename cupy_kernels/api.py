@@ -54,7 +54,9 @@ def attention(
     """Compute softmax(scale · q kᵀ, masked) v on the GPU.
 
     With one plan, the result has the same bits on every device: those of
-    ``simattn.run(algorithm, q, k, v, arithmetic="simt", plan=plan)``.
+    ``simattn.run(algorithm, q, k, v, arithmetic="simt", plan=plan)``. Where products are computed by tensor cores, as
+    they are by default for 16-bit inputs on compute capability 8.0 and later, the arithmetic is "mma" ("hopper" for
+    "flash3"), and its bits are proven on Hopper: other tensor cores add products in other ways.
 
     Parameters
     ----------
@@ -62,7 +64,7 @@ def attention(
         Queries, shape (batch, q_len, heads, head_dim), float32, float16 or bfloat16: a CuPy array, or an array on a
         CUDA device with ``__dlpack__`` or ``__cuda_array_interface__``. The dimensions of heads are multiples of 8
         from 8 to 256. Any strides are taken as long as rows of ``head_dim`` are contiguous and start at multiples of
-        16 bytes (float32) or 8 bytes.
+        16 bytes, or of 8 bytes of 16-bit numbers on CUDA cores.
     k
         Keys, shape (batch, kv_len, kv_heads, head_dim), where ``kv_heads`` divides ``heads``; stored like q.
     v

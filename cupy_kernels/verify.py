@@ -182,6 +182,8 @@ def plans(draw: st.DrawFn, problem: AttentionProblem, algorithm: str, direction:
         plan = replace(plan, **changes)
     if column_bucket(problem) not in OTHER_PLANS_COLUMNS:
         return plan
+    if algorithm == "flash2" and getattr(plan, "units", None) == "tensor_cores":
+        changes["units"] = draw(st.sampled_from(("tensor_cores", "cuda_cores")))
     if draw(st.integers(0, 3)) == 0:
         changes["tiles"] = draw(st.sampled_from(OTHER_TILES))
     relevant = {"softmax_passes", "hbm_accumulator"} | (

@@ -49,6 +49,10 @@ BUILDS = (
     Build("flash2", "forward", 32, "bfloat16", (("tiles", Tiles(q=64, kv=16)),)),
     Build("flash2", "forward", 128, "float32", (("tiles", Tiles(q=64, kv=64)),)),
     Build("flash2", "forward", 64, "float32", (("tiles", Tiles(q=40, kv=48)),)),
+    Build("flash2", "forward", 64, "float16", (("units", "cuda_cores"), ("tiles", Tiles(q=128, kv=64)))),
+    Build("flash2", "forward", 96, "float16", (("tiles", Tiles(q=96, kv=48)),)),
+    Build("flash2", "forward", 192, "bfloat16"),
+    Build("flash2", "forward", 256, "float16", (("tiles", Tiles(q=64, kv=128)),)),  # in one stage
     *(Build("flash2", "backward", columns) for columns in COLUMN_BUCKETS),
     Build("flash2", "backward", 64, "float16", (("dq", "deterministic"),)),
     Build("flash2", "backward", 32, "bfloat16", (("dq", "deterministic"), ("grouped_gradients", "expand"))),
@@ -382,6 +386,36 @@ FORWARD_FAULTS = {
     "hidden keys that matter": ("forward.cuh", "if (!MASKED || band.sees(i, key))", "if (true)"),
     "keys past the end that matter": ("forward.cuh", " || key >= band.stop", ""),
 }  # fmt: skip
+TENSOR_FAULTS = {
+    "no wait for the tile": ("flash2_tensor_forward.cu", "    wait_for_copies<0>();\n    if (STAGES", "    if (STAGES"),
+    "no barrier for the tile": (
+        "flash2_tensor_forward.cu", "__syncthreads();  // this tile is there, and the one before has been read", ""),
+    "no barrier for a masked tile": (
+        "flash2_tensor_forward.cu",
+        "      if (MASKED) {\n        special = synchronise_any(holds_special(v_tile(tile)));\n      } else {\n"
+        "        __syncthreads();  // this",
+        "      if (MASKED) {\n        special = true;\n      } else {\n        __syncthreads();  // this"),
+    "the next tile in place of this one": ("flash2_tensor_forward.cu", "K_OFFSET + tile % STAGES *", "K_OFFSET + 0 *"),
+    "output read too early": ("flash2_tensor_forward.cu", "  __syncwarp();\n  Stored* out", "  Stored* out"),
+    "hidden scores that matter": ("flash2_tensor_forward.cu", "      if (MASKED) hide(scores, band, key);\n", ""),
+    "hidden values that matter": ("flash2_tensor_forward.cu", "if (MASKED && special)", "if (false)"),
+    "hidden values that matter to some rows": (
+        "flash2_tensor_forward.cu", "if (at < band.first || at > band.last)", "if (at > band.last)"),
+    "tiles that are seen left out": ("flash2_tensor_forward.cu", "begin >= key + KEY_ROWS", "begin >= key"),
+    "a maximum of half the row": (
+        "flash2_tensor_forward.cu", "      row_max = maximum_number(row_max, shuffle_xor(row_max, 2));\n", ""),
+    "an output that is not corrected": ("flash2_tensor_forward.cu", "changes |= correction != 1.0f", "changes = false"),
+    "rows read past the end": ("matrix_tiles.cuh", "row + down < rows && ", ""),
+    "columns read past the end": ("matrix_tiles.cuh", " && column + right < columns", ""),
+    "rest of a tile left as it was": (
+        "matrix_tiles.cuh", "start_copy_or_zeros(tile", "if (exists) start_copy_or_zeros(tile"),
+    "a load that is not counted": ("matrix_tiles.cuh", "if (exists) counter.add(16);", ""),
+    "rows written past the end": (
+        "flash2_tensor_forward.cu", "work.row + row < problem.q_len && 8 * chunk", "8 * chunk"),
+    "columns written past the end": ("flash2_tensor_forward.cu", " && 8 * chunk < problem.value_dim", ""),
+    "statistics written twice": ("flash2_tensor_forward.cu", "place.quad == 0 &&", "place.quad <= 1 &&"),
+    "shared memory overrun": ("flash2_tensor_forward.cu", "V_OFFSET + tile", "V_OFFSET + 2048 + tile"),
+}  # fmt: skip
 BARRIER = "    __syncthreads();  // {}\n"
 
 BACKWARD_FAULTS = {
@@ -425,6 +459,11 @@ FAULT_SHAPE = {"q_len": 70, "kv_len": 150, "heads": 2, "kv_heads": 1, "head_dim"
 
 FAULTY_PROGRAMS = {
     "flash2 forward": (FORWARD_FAULTS, FAULT_SHAPE, {"tiles": Tiles(q=64, kv=64)}),
+    "flash2 forward on tensor cores": (
+        TENSOR_FAULTS,
+        {**FAULT_SHAPE, "head_dim": 40, "value_dim": 40, "dtype": "bfloat16"},
+        {"tiles": Tiles(q=64, kv=16)},
+    ),
     "flash2 backward": (BACKWARD_FAULTS, FAULT_SHAPE, {"tiles": Tiles(q=64, kv=64)}),
     "flash1 forward": (FLASH1_FAULTS, {**FAULT_SHAPE, "head_dim": 24, "value_dim": 32}, {"tiles": Tiles(q=64, kv=32)}),
     "standard forward": (STANDARD_FAULTS, {**FAULT_SHAPE, "kv_len": 149}, {"tiles": Tiles(q=64, kv=64)}),
@@ -435,7 +474,7 @@ FAULTS = [(program, name) for program, (faults, _, _) in FAULTY_PROGRAMS.items()
 def faulty_case(program):
     """Return a case with NaN in keys that few rows see."""
     _, shape, changes = FAULTY_PROGRAMS[program]
-    algorithm, direction = program.split()
+    algorithm, direction, *_ = program.split()
     problem = simattn.AttentionProblem(**shape)
     plan = replace(default_plan(problem, algorithm=algorithm, direction=direction), **changes)
     case = verify.random_case(algorithm, direction, problem, plan=plan)

@@ -199,7 +199,9 @@ def test_gradients_from_what_the_forward_call_returned(device, algorithm):
     options = {"causal": True, "algorithm": algorithm}
     out, lse, saved = attention(*arrays, **options, return_lse=True, return_saved=True)
     assert set(saved) == set(ALGORITHMS[algorithm].saved)
-    forward = run(algorithm, *arrays, causal=True, arithmetic="simt", plan=default_plan(problem, algorithm=algorithm))
+    plan = default_plan(problem, algorithm=algorithm)
+    arithmetic = ALGORITHMS[algorithm].arithmetic(problem, plan)
+    forward = run(algorithm, *arrays, causal=True, arithmetic=arithmetic, plan=plan)
     assert verify.differing_elements(verify.from_device(out), forward.out) == 0
     assert verify.differing_elements(verify.from_device(lse), forward.lse) == 0
     for name, array in saved.items():
