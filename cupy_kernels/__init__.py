@@ -7,28 +7,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cupy_kernels.api import attention, attention_backward, workspace_bytes
+    from cupy_kernels.api import attention, attention_backward, explain, workspace_bytes
     from cupy_kernels.compiler import CompileError
     from cupy_kernels.counting import CountedTraffic, count_traffic
+    from cupy_kernels.explanation import Explanation, KernelLaunch
     from cupy_kernels.table import default_plan
 
 __all__ = [
     "CompileError",
     "CountedTraffic",
+    "Explanation",
+    "KernelLaunch",
     "attention",
     "attention_backward",
     "count_traffic",
     "default_plan",
+    "explain",
     "workspace_bytes",
 ]
 
 _MODULE_OF = {
     "CompileError": "compiler",
     "CountedTraffic": "counting",
+    "Explanation": "explanation",
+    "KernelLaunch": "explanation",
     "attention": "api",
     "attention_backward": "api",
     "count_traffic": "counting",
     "default_plan": "table",
+    "explain": "api",
     "workspace_bytes": "api",
 }
 

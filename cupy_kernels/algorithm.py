@@ -24,6 +24,10 @@ def _on_cuda_cores(problem: AttentionProblem, plan: Plan) -> str:
     return "simt"
 
 
+def _for_cuda_cores(direction: Direction, problem: AttentionProblem, plan: Plan, hardware: Hardware) -> str:
+    return "its kernels are for CUDA cores"
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelAlgorithm:
     """One algorithm's programs on the GPU.
@@ -46,6 +50,8 @@ class KernelAlgorithm:
         Why there is no kernel for a problem on a GPU, whatever the plan; None if there is one.
     arithmetic
         The simulated machine's arithmetic whose bits a plan's kernels have.
+    why_these_units
+        Why a plan's kernels multiply by what they do on a GPU.
     """
 
     name: str
@@ -56,6 +62,7 @@ class KernelAlgorithm:
     is_deterministic: Callable[[AttentionProblem, Any], bool]
     refusal: Callable[[AttentionProblem, Hardware], str | None] = _refuses_nothing
     arithmetic: Callable[[AttentionProblem, Any], str] = _on_cuda_cores
+    why_these_units: Callable[[Direction, AttentionProblem, Any, Hardware], str] = _for_cuda_cores
 
     def dtypes(self, hardware: Hardware) -> tuple[str, ...]:
         """Return the storage formats that there are kernels for on a GPU; none if there are no kernels for it."""

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import functools
 import numbers
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import numpy as np
 
-from cupy_kernels.arrays import check_device, device_array, output_array, require_cupy
+from cupy_kernels.arrays import (
+    check_device,
+    check_pointer,
+    check_strides,
+    device_array,
+    output_array,
+    require_cupy,
+)
 from cupy_kernels.counting import active_count
+from cupy_kernels.explanation import explanation_of
 from cupy_kernels.launch import (
     WORKSPACE_ALIGNMENT,
     Launch,
@@ -17,14 +25,19 @@ from cupy_kernels.launch import (
     kept_in_workspace,
     prepare,
     present_hardware,
+    row_alignment,
 )
 from cupy_kernels.program import workspace_layout
-from cupy_kernels.table import chosen_program, get_algorithm
-from simattn.problem import checked_window
+from cupy_kernels.table import chosen_program, default_plan, get_algorithm
+from simattn.hardware import get_hardware
+from simattn.planning import DEFAULT_HARDWARE
+from simattn.problem import AttentionProblem, checked_window
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from cupy_kernels.explanation import Explanation
+    from simattn.hardware import Hardware
     from simattn.plan import Direction, Plan
     from simattn.problem import Window
 
@@ -56,7 +69,7 @@ def attention(
     With one plan, the result has the same bits on every device: those of
     ``simattn.run(algorithm, q, k, v, arithmetic="simt", plan=plan)``. Where products are computed by tensor cores, as
     they are by default for 16-bit inputs on compute capability 8.0 and later, the arithmetic is "mma" ("hopper" for
-    "flash3"), and its bits are proven on Hopper: other tensor cores add products in other ways.
+    "flash3"), which models Hopper: other tensor cores add products in other ways. :func:`explain` says what is run.
 
     Parameters
     ----------
@@ -83,8 +96,8 @@ def attention(
     window
         ``(left, right)`` keys seen on either side of the query's position, both ends included; None is no limit.
     algorithm
-        "flash2", the default; "flash1", whose output goes through memory once for every tile of keys; or "standard",
-        whose scores and probabilities do.
+        "flash2", the default; "flash3", for 16-bit inputs on Hopper; "flash1", whose output goes through memory once
+        for every tile of keys; or "standard", whose scores and probabilities do.
     return_lse
         Whether to return the log-sum-exp of the scores too.
     cu_seqlens_q, cu_seqlens_k
@@ -109,8 +122,9 @@ def attention(
     lse
         With ``return_lse``: natural log-sum-exp, float32, shape (batch, heads, q_len); −inf in such rows.
     saved
-        With ``return_saved``: a mapping of CuPy arrays, "out" and "lse" of "flash2"; "out", "row_max" and "row_sum" of
-        "flash1", the maximum in units of log₂; "probabilities" of "standard", shape (batch, heads, q_len, kv_len).
+        With ``return_saved``: a mapping of CuPy arrays, "out" and "lse" of "flash2" and "flash3"; "out", "row_max" and
+        "row_sum" of "flash1", the maximum in units of log₂; "probabilities" of "standard", shape (batch, heads, q_len,
+        kv_len).
 
     Raises
     ------
@@ -392,6 +406,128 @@ def workspace_bytes(
     program = chosen_program(algorithm, direction, problem, plan, hardware, deterministic=deterministic)
     wanted = _wanted(algorithm, return_lse, return_saved) if direction == "forward" else _NOTHING
     return workspace_layout(kept_in_workspace(program, wanted), WORKSPACE_ALIGNMENT)[1]
+
+
+@overload
+def explain(
+    q: AttentionProblem,
+    /,
+    *,
+    hardware: str | Hardware = ...,
+    algorithm: str | None = ...,
+    direction: Direction = ...,
+    deterministic: bool = ...,
+    plan: Plan | None = ...,
+) -> Explanation: ...
+
+
+@overload
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window | None = ...,
+    algorithm: str | None = ...,
+    direction: Direction = ...,
+    deterministic: bool = ...,
+    plan: Plan | None = ...,
+) -> Explanation: ...
+
+
+def explain(
+    q: Any,
+    k: Any = None,
+    v: Any = None,
+    *,
+    hardware: str | Hardware | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    algorithm: str | None = None,
+    direction: Direction = "forward",
+    deterministic: bool = False,
+    plan: Plan | None = None,
+) -> Explanation:
+    """Say what a call would run on the arrays' device, and why; or, of a problem, on any GPU.
+
+    Nothing is compiled or launched. A problem needs neither CuPy nor a GPU.
+
+    Parameters
+    ----------
+    q
+        Queries as the call has them, or a :class:`simattn.AttentionProblem` in place of the arrays, scale and mask.
+    k, v
+        Keys and values as the call has them.
+    hardware
+        For a problem: name or row of a GPU; default "H100-SXM".
+    scale, causal, window, algorithm, plan
+        As the call has them.
+    direction
+        "forward" for :func:`attention`, "backward" for :func:`attention_backward`.
+    deterministic
+        As :func:`attention_backward` has it.
+
+    Returns
+    -------
+    Explanation
+        Algorithm, plan, kernels and the arithmetic that repeats their bits; the reasons, and for every other algorithm
+        why it does not run. Its ``repr`` is a table.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As the call does; and if arrays and a problem's arguments are mixed.
+
+    Examples
+    --------
+    >>> import simattn
+    >>> problem = simattn.AttentionProblem(heads=16, q_len=4096, head_dim=128, dtype="bfloat16", causal=True)
+    >>> explained = explain(problem, hardware="A100-40GB")
+    >>> explained.algorithm, explained.kernels[0].units
+    ('flash2', 'mma.sync')
+    >>> explained.others["flash3"]
+    "refused: algorithm='flash3' runs on compute capability 9.0 (Hopper), and A100-40GB has 8.0: ..."
+    """
+    _check_flag("causal", causal)
+    _check_flag("deterministic", deterministic)
+    arrays: dict[str, Any] = {}
+    if isinstance(q, AttentionProblem):
+        for name, value in (("k", k), ("v", v), ("scale", scale), ("causal", causal or None), ("window", window)):
+            if value is not None:
+                raise TypeError(f"{name} is given beside a problem, which describes it: expected arrays or a problem")
+        problem, gpu = q, get_hardware(DEFAULT_HARDWARE if hardware is None else hardware)
+        device_name = gpu.name
+    else:
+        if hardware is not None:
+            raise TypeError("hardware is given beside arrays, which are on a device: expected an AttentionProblem")
+        arrays = {name: device_array(name, array) for name, array in (("q", q), ("k", k), ("v", v))}
+        device = arrays["q"].data.device_id
+        for name, array in arrays.items():
+            check_device(name, array.data.device_id, device)
+        if scale is not None:
+            scale = _number("scale", scale)
+        if window is not None:
+            window = checked_window(window)
+        problem = checked_problem(arrays, scale=scale, causal=bool(causal), window=window)
+        gpu = present_hardware(device)
+        properties = require_cupy().cuda.runtime.getDeviceProperties(device)
+        device_name = f"{gpu.name} ({properties['name'].decode()})"
+    repeats = bool(deterministic) and direction == "backward"  # a forward pass always does
+    used = plan
+    if used is None:
+        used = default_plan(problem, gpu, algorithm=algorithm, direction=direction, deterministic=repeats)
+    program = chosen_program(algorithm, direction, problem, used, gpu, deterministic=repeats)
+    for name, array in arrays.items():
+        alignment = row_alignment(program, program.array[name])
+        if 0 not in array.shape:
+            check_strides(name, array.shape, array.strides, array.dtype.itemsize, alignment)
+        check_pointer(name, array.data.ptr, alignment)
+    return explanation_of(
+        program, used, algorithm, direction, gpu, plan_given=plan is not None, device_name=device_name
+    )
 
 
 def _prepared(

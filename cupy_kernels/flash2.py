@@ -31,7 +31,7 @@ from cupy_kernels.program import (
 from cupy_kernels.tensor_tiles import TensorTiles
 from simattn.algorithms.flash2 import FIRST_TENSOR_CORES, TENSOR_CORE_DTYPES, Flash2Plan, gpu_tiles, has_tensor_cores
 from simattn.hardware import Hardware
-from simattn.plan import Plan, Tiles
+from simattn.plan import Direction, Plan, Tiles
 from simattn.problem import AttentionProblem
 from simattn.sums import ceil_div
 
@@ -118,6 +118,7 @@ def forward_kernel(problem: AttentionProblem, plan: Flash2Plan, hardware: Hardwa
         shared_bytes=tiles.shared_bytes,
         accesses=(("q", "r"), ("k", "r"), ("v", "r"), ("out", "w"), ("lse", "w")),
         takes_chunks=on_tensor_cores,
+        units="mma.sync" if on_tensor_cores else "CUDA cores",
     )
 
 
@@ -145,6 +146,19 @@ def check_tensor_cores(problem: AttentionProblem, hardware: Hardware) -> None:
             f"plan.units='tensor_cores': {hardware.name} has compute capability {major}.{minor}, the kernel needs "
             f"{first}.0 or later: expected units='cuda_cores'"
         )
+
+
+def why_these_units(direction: Direction, problem: AttentionProblem, plan: Flash2Plan, hardware: Hardware) -> str:
+    """Return why a plan's kernels multiply by what they do."""
+    if direction == "backward":
+        return "its backward kernels are for CUDA cores"
+    if plan.units == "tensor_cores":
+        return f"{problem.dtype} is multiplied on tensor cores from compute capability {FIRST_TENSOR_CORES[0]}.0 on"
+    if has_tensor_cores(problem, hardware):
+        return "the plan has units='cuda_cores'"
+    if problem.dtype not in TENSOR_CORE_DTYPES:
+        return f"{problem.dtype} is multiplied on CUDA cores"
+    return f"tensor cores are used from compute capability {FIRST_TENSOR_CORES[0]}.0 on"
 
 
 def section_of(problem: AttentionProblem) -> int:
@@ -249,4 +263,5 @@ ALGORITHM = KernelAlgorithm(
     saved=("out", "lse"),
     is_deterministic=lambda problem, plan: plan.dq != "reduce" and grouping(problem, plan) != "reduce",
     arithmetic=lambda problem, plan: "mma" if plan.units == "tensor_cores" else "simt",
+    why_these_units=why_these_units,
 )

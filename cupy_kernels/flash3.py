@@ -167,6 +167,7 @@ def forward_kernel(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardwa
             Boxes("v", tiles.kv),
             Boxes("out", WARP_ROWS, packed),
         ),
+        units="wgmma",
     )
 
 
@@ -270,4 +271,5 @@ ALGORITHM = KernelAlgorithm(
     is_deterministic=lambda problem, plan: True,
     refusal=refusal,
     arithmetic=lambda problem, plan: "hopper",
+    why_these_units=lambda direction, problem, plan, hardware: "its kernel is for Hopper's tensor cores",
 )

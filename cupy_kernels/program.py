@@ -22,6 +22,9 @@ from simattn.sums import ceil_div
 Access = Literal["r", "w", "rw", "a"]
 """What a kernel does to an array: it reads it, writes it, both, or adds to it."""
 
+Units = Literal["CUDA cores", "mma.sync", "wgmma"]
+"""What a kernel multiplies matrices by: the CUDA cores, or one of two instructions of the tensor cores."""
+
 Role = Literal["input", "output", "saved", "workspace", "table"]
 Kind = Literal["matrix", "statistic", "square"]
 
@@ -137,6 +140,8 @@ class Kernel:
         How it copies those of which its parameter struct holds a tensor map, in that order.
     takes_chunks
         Whether it copies the rows of all matrices in chunks of 16 bytes.
+    units
+        What it multiplies matrices by.
     """
 
     source: str
@@ -147,6 +152,7 @@ class Kernel:
     accesses: tuple[tuple[str, Access | Literal[""]], ...]
     boxes: tuple[Boxes, ...] = ()
     takes_chunks: bool = False
+    units: Units = "CUDA cores"
 
     @property
     def names(self) -> tuple[str, ...]:
