@@ -45,7 +45,17 @@ HERE = Path(__file__).parent
 GAP_BYTES = 32
 """Between the rows, heads and batch entries of the arrays handed to a kernel; what touches it is caught."""
 
-FLAGS = ("-O2", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
+FLAGS = (
+    "-O2",
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",  # else libraries share the variables of their headers
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+)
 
 
 class KernelFaultError(RuntimeError):

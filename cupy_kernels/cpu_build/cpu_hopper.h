@@ -709,14 +709,28 @@ inline void start_hopper_block() {
   hopper.warpgroups.resize((threads + WARPGROUP_LANES - 1) / WARPGROUP_LANES);
 }
 
-// Complete a copy to shared memory.
+inline bool is_awaited(const BoxCopy& copy) {
+  for (const Thread& thread : block.threads) {
+    const bool waits = thread.state == State::waiting && thread.is_over == phase_is_over;
+    if (waits && thread.which >> 1 == copy.barrier) return true;
+  }
+  return false;
+}
+
+// Complete a copy to shared memory: one that a thread waits for, when no thread can run; in random order also others,
+// now and then.
 inline bool go_on_with_hopper(bool starved) {
   std::vector<BoxCopy>& loads = hopper.loads;
-  if (loads.empty() || !(starved || (block.order == Order::random && next_random() % 4 == 0))) return false;
-  const size_t last = loads.size() - 1;
-  const size_t chosen = block.order == Order::forward ? 0 : block.order == Order::reverse ? last : next_random() % (last + 1);
-  const BoxCopy copy = loads[chosen];
-  loads.erase(loads.begin() + chosen);
+  if (!starved && (block.order != Order::random || next_random() % 8)) return false;
+  std::vector<size_t> candidates;
+  for (size_t i = 0; i < loads.size(); i++) {
+    if (!starved || is_awaited(loads[i])) candidates.push_back(i);
+  }
+  if (candidates.empty()) return false;
+  const size_t count = candidates.size();
+  const size_t last = block.order == Order::forward ? 0 : block.order == Order::reverse ? count - 1 : next_random() % count;
+  const BoxCopy copy = loads[candidates[last]];
+  loads.erase(loads.begin() + candidates[last]);
   land_box(copy);
   return true;
 }

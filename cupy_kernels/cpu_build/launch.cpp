@@ -11,7 +11,7 @@ void run_kernel(void (*kernel)(Parameters), const void* parameters) {
 }
 
 // Run the kernel; returns whether all went well, and otherwise writes what did not to `message`.
-extern "C" int launch(
+extern "C" __attribute__((visibility("default"))) int launch(
     const void* parameters, unsigned blocks, unsigned threads, size_t shared_bytes, const cpu::Array* arrays,
     int array_count, int order, int copies, uint64_t seed, char* message, size_t message_bytes) {
   if (threads != THREADS || shared_bytes != SHARED_BYTES) {

@@ -1,22 +1,28 @@
-"""The models of Hopper's instructions in the CPU build find what is wrong with their use."""
+"""The models of Hopper's instructions in the CPU build find what is wrong with their use, in a kernel and in flash3."""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from cupy_kernels import cpu_build
+from cupy_kernels import cpu_build, verify
 from cupy_kernels.compiler import Variant
 from cupy_kernels.cpu_build import COPIES, ORDERS, KernelFaultError
 from cupy_kernels.program import Array, Boxes
+from cupy_kernels.table import make_program
 from cupy_kernels.tensor_map import TensorMap
+from simattn import AttentionProblem
+from simattn.algorithms.flash3 import Flash3Plan
 from simattn.arithmetic import tensor_cores
+from simattn.hardware import get_hardware
 from simattn.testing import assert_same_bits
 
 try:
@@ -138,14 +144,18 @@ def test_the_sound_kernel_is_exact(library, case, order, copies):
         assert_same_bits(run(library, case, "", order, copies, seed), case[2])
 
 
-CHANCES = (("forward", "late"), ("reverse", "early"), ("random", "late"))
+CHANCES = (
+    ("forward", "late", 0),
+    ("reverse", "early", 0),
+    *(("random", "late", seed) for seed in range(4)),
+)
 
 
 def complaint(library, case, fault):
     """Return what is reported first of a fault, "" if nothing is."""
-    for order, copies in CHANCES:
+    for chance in CHANCES:
         try:
-            run(library, case, fault, order, copies)
+            run(library, case, fault, *chance)
         except KernelFaultError as error:
             return str(error)
     return ""
@@ -158,5 +168,103 @@ def test_reports_misuse(library, case, fault):
 
 @pytest.mark.parametrize("fault", SEEN_IN_RESULTS)
 def test_misuse_shows_in_results(library, case, fault):
-    results = [run(library, case, fault, order, copies) for order, copies in CHANCES]
+    results = [run(library, case, fault, *chance) for chance in CHANCES]
     assert any((found.view(np.uint16) != case[2].view(np.uint16)).any() for found in results)
+
+
+# Faults planted in flash3
+
+KERNEL = "flash3_forward.cu"
+
+FLASH3_FAULTS = {
+    "no fence before the scores": (KERNEL, r"fence_products\(\);(\s+start_scores)", r"\1"),
+    "no wait for the scores": (KERNEL, r"wait_for_products<1>\(\);", ""),
+    "no wait for the output": (KERNEL, r"wait_for_products<0>\(\);(\s+release_values)", r"\1"),
+    "probabilities overwritten while they are read": (
+        KERNEL,
+        r"wait_for_products<0>\(\);(\s+release_values\(\);\s+\}\s+)(round_probabilities\(probabilities, scores\);)",
+        r"\2 wait_for_products<0>();\1",
+    ),
+    "queries not awaited": (KERNEL, r"wait\(&barriers->q_full\[queries\.stage\]\[group\], queries\.parity\);", ""),
+    "values not awaited": (KERNEL, r"wait\(&barriers->v_full\[values\.stage\], values\.parity\);(\s+fence)", r"\1"),
+    "room not awaited": (KERNEL, r"wait\(empty, parity \^ 1\);", ""),
+    "phases of keys mixed up": (KERNEL, r"keys\.parity, k_bytes", "keys.parity ^ 1, k_bytes"),
+    "phases of queries mixed up": (KERNEL, r"ring\.parity \^ 1\)", "ring.parity)"),
+    "bytes that are not expected": (KERNEL, r"(arrive_expecting\(full, KEY_BYTES)\)", r"\1 - 16)"),
+    "a release too many": (KERNEL, r"(init_barrier\(&barriers->k_empty\[stage\], .*)\);", r"\1 - 1);"),
+    "barriers not published": (KERNEL, r"publish_barriers\(\);", ""),
+    "results not published": (KERNEL, r"publish_to_copies\(\);", ""),
+    "results stored too early": (KERNEL, r"publish_to_copies\(\);\s+__syncwarp\(\);", "publish_to_copies();"),
+    "results overwritten while they are stored": (KERNEL, r"wait_for_store_reads<0>\(\);", ""),
+    "results not swizzled": (KERNEL, r" \^ matrix_row % 8\) \* 16", ") * 16"),
+    "rows of a descriptor": ("hopper.cuh", "eight_rows = 8 ", "eight_rows = 16 "),
+    "slabs of a descriptor": (KERNEL, r"(describe_matrix\(.*), KEY_SLAB_BYTES\)", r"\1, 2 * KEY_SLAB_BYTES)"),
+    "steps through the values": (KERNEL, r"step \* STEP \* SLAB_ROW_BYTES", "step * SLAB_ROW_BYTES"),
+    "turns that do not end": (KERNEL, r"if \(TAKE_TURNS\) arrive_named", "if (false) arrive_named"),
+    "turns of others": (KERNEL, r"sync_named\(2 \+ group, 2 \* WARPGROUP\)", "sync_named(2 + group, 3 * WARPGROUP)"),
+    "registers that there are not": (KERNEL, "(shrink_registers<PRODUCER_REGISTERS)>", r"\1 + 40>"),
+    "hidden keys that matter": (KERNEL, r"scores\[i\] = seen \?", "scores[i] = true ?"),
+    "hidden values that matter": (KERNEL, r"if \(!MASKED \|\| !sight\.hides\(tile\)\) return false;", "return false;"),
+    "statistics past the end": (KERNEL, r" && position < problem\.q_len", ""),
+    "queries not counted": (KERNEL, r"counter\.add\(inside\(GROUP_ROWS.*", ""),
+    "query tiles of other blocks": (KERNEL, r"turn_ \+= .*;", "turn_ += 1;"),
+}  # fmt: skip
+"""File, pattern and what it is replaced by wherever it is."""
+
+
+@pytest.fixture(scope="module")
+def attention():
+    """Return a problem of several tiles along both axes, with NaN in keys that few rows see, and its program."""
+    problem = AttentionProblem(
+        q_len=200, kv_len=400, heads=2, kv_heads=1, head_dim=72, value_dim=120, window=(250, 30), dtype="bfloat16"
+    )
+    plan = Flash3Plan(tiles=(128, 64))
+    case = verify.random_case("flash3", "forward", problem, plan=plan)
+    for name in "kv":
+        case.inputs[name][:, :8] = np.nan
+    assert 0 < np.count_nonzero(problem.visible_elements()[:, :8].any(axis=1)) < 100
+    hardware = replace(get_hardware("H100-SXM"), streaming_multiprocessors=2)
+    program = make_program("flash3", "forward", problem, plan, hardware)
+    return case, program, verify.simulate(case)
+
+
+@pytest.fixture(scope="module")
+def faulty_kernels(attention, tmp_path_factory):
+    """Plant each fault in a copy of the source, and compile it."""
+    directories = {}
+    for name, (file, pattern, replacement) in FLASH3_FAULTS.items():
+        directory = tmp_path_factory.mktemp("fault") / "kernels"
+        shutil.copytree(cpu_build.KERNELS, directory)
+        text, count = re.subn(pattern, replacement, (directory / file).read_text())
+        if count:
+            (directory / file).write_text(text)
+            directories[name] = directory
+    (kernel,) = (step.kernel for step in attention[1].steps)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda directory: cpu_build.build(kernel, directory), directories.values()))
+    return directories
+
+
+def found_wrong(attention, kernels):
+    """Return whether the results or the counts differ, or a fault is reported, by some chance."""
+    case, program, expected = attention
+    for order, copies, seed in CHANCES:
+        chance = {"order": order, "copies": copies, "seed": seed}
+        try:
+            results, traffic = cpu_build.run_program(program, case.inputs, **chance, kernels=kernels)
+        except KernelFaultError:
+            return True
+        differing = sum(verify.differing_elements(results[name], expected.results[name]) for name in ("out", "lse"))
+        if differing or traffic != expected.traffic:
+            return True
+    return False
+
+
+def test_flash3_is_sound(attention):
+    assert not found_wrong(attention, cpu_build.KERNELS)
+
+
+@pytest.mark.parametrize("fault", FLASH3_FAULTS)
+def test_finds_a_fault_planted_in_flash3(attention, faulty_kernels, fault):
+    assert fault in faulty_kernels, f"{FLASH3_FAULTS[fault][1]!r} is nowhere in {FLASH3_FAULTS[fault][0]}"
+    assert found_wrong(attention, faulty_kernels[fault]), "the harness saw nothing wrong"
