@@ -16,7 +16,7 @@ from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.forward_tiles import too_large
 from cupy_kernels.parameters import check_plan as check_every_plan
 from cupy_kernels.program import Boxes, Kernel, Program, Step, forward_results, inputs, macros, program_of, table
-from simattn.algorithms.flash3 import Flash3Plan, is_masked
+from simattn.algorithms.flash3 import Flash3Plan, gpu_tiles, is_masked
 from simattn.hardware import Hardware
 from simattn.plan import Tiles
 from simattn.problem import AttentionProblem
@@ -27,21 +27,6 @@ DTYPES = ("float16", "bfloat16")
 
 COLUMN_BUCKETS = (64, 96, 128, 192, 256)
 """Head dimensions that the kernel is compiled for; others run in the next larger one."""
-
-FORWARD_TILES: dict[int, Tiles] = {
-    64: Tiles(q=192, kv=128),
-    96: Tiles(q=128, kv=128),
-    128: Tiles(q=192, kv=80),
-    192: Tiles(q=128, kv=112),
-    256: Tiles(q=128, kv=80),
-}
-"""Tiles for many keys without a mask, by column bucket, that are fastest on an H100."""
-
-SHORT_FORWARD_TILES: dict[int, Tiles] = {**FORWARD_TILES, 128: Tiles(q=128, kv=128)}
-"""Tiles under a causal mask or a window, and for few keys."""
-
-SHORT_LENGTH = 1536
-"""Keys up to which the tiles for few keys are the faster ones."""
 
 WARPGROUP = 128
 GROUP_ROWS = 64
@@ -82,9 +67,7 @@ def column_bucket(problem: AttentionProblem) -> int:
 
 def default_forward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> Flash3Plan:
     """Return the tiles that are fastest; every device that runs the kernel has the shared memory for them."""
-    bucket = column_bucket(problem)
-    short = is_masked(problem) or problem.kv_len < SHORT_LENGTH
-    return Flash3Plan(tiles=(SHORT_FORWARD_TILES if short else FORWARD_TILES)[bucket])
+    return Flash3Plan(tiles=gpu_tiles(problem, hardware, "forward")[0])
 
 
 def refusal(problem: AttentionProblem, hardware: Hardware) -> str | None:

@@ -107,8 +107,12 @@ closed_form_backward = flash2.closed_form_backward
 
 # Plans
 
-FORWARD_TILES = {64: (192, 192), 96: (192, 144), 128: (128, 176), 192: (128, 112), 256: (128, 80)}
-MASKED_FORWARD_TILES = {64: (192, 128), 96: (192, 144), 128: (128, 128), 192: (128, 112), 256: (128, 80)}
+FORWARD_TILES = {64: (192, 128), 96: (128, 128), 128: (192, 80), 192: (128, 112), 256: (128, 80)}
+SHORT_FORWARD_TILES = {**FORWARD_TILES, 128: (128, 128)}
+SHORT_LENGTH = 1536
+"""Tiles (query rows, key rows) of this project's kernel by head dimension, rounded up: the fastest on an H100, and
+those under a mask or for fewer keys."""
+
 FLOAT8_FORWARD_TILES = {64: (192, 160), 96: (192, 128), 128: (128, 224), 192: (128, 160), 256: (128, 128)}
 BACKWARD_TILES = {64: (128, 128), 96: (64, 128), 128: (80, 128), 192: (64, 96), 256: (64, 80)}
 MASKED_BACKWARD_TILES = {**BACKWARD_TILES, 128: (64, 128)}
@@ -123,24 +127,24 @@ def is_masked(problem: AttentionProblem) -> bool:
 def plan_defaults(
     problem: AttentionProblem, direction: Direction, kind: PlanKind, hardware: Hardware
 ) -> dict[str, Any]:
-    """Return how the published kernels stage their tiles; everything is in SRAM already unless on a GPU's plan."""
-    columns = max(problem.head_dim, problem.value_dim)
+    """Return how the kernels stage their tiles; everything is in SRAM already unless on a GPU's plan."""
     if kind != "gpu":
         return {"stage_results": False}
     if direction == "backward":
-        return {"stages": 2 if columns <= 128 else 1, "stage_probabilities": True}
-    return {"stage_probabilities": columns <= 64 and not is_masked(problem) and not problem.is_float8}
+        return {"stages": 2 if max(problem.head_dim, problem.value_dim) <= 128 else 1, "stage_probabilities": True}
+    return {}
 
 
 def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:
-    """Return the published kernels' tiles by head dimension, then smaller ones."""
+    """Return the kernels' tiles by head dimension, forward this project's and else the published ones, then smaller."""
     columns = max(problem.head_dim, problem.value_dim)
     if direction == "backward":
         table = MASKED_BACKWARD_TILES if is_masked(problem) else BACKWARD_TILES
     elif problem.is_float8:
         table = FLOAT8_FORWARD_TILES
     else:
-        table = MASKED_FORWARD_TILES if is_masked(problem) else FORWARD_TILES
+        short = is_masked(problem) or problem.kv_len < SHORT_LENGTH
+        table = SHORT_FORWARD_TILES if short else FORWARD_TILES
     bucket = next((limit for limit in table if columns <= limit), None)
     return candidates(direction, None if bucket is None else table[bucket])
 
