@@ -527,7 +527,8 @@ def plot(report: dict[str, Any], dtype: str = "float32") -> Any:
                         linewidth=1.4,
                         label=name,
                     )
-            axes.axhline(peak, color=MUTED, linewidth=0.8, linestyle=":")
+            if dtype != "bfloat16":  # which only tensor cores are timed on
+                axes.axhline(peak, color=MUTED, linewidth=0.8, linestyle=":")
             lengths = sorted({row["length"] for row in rows})
             axes.set_xscale("log", base=2)
             axes.set_xticks(lengths, [f"{length:,}" for length in lengths])

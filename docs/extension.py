@@ -12,8 +12,9 @@ import json
 import re
 import typing
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from docutils import nodes
@@ -172,6 +173,130 @@ class KernelSpeed(MarkdownDirective):
         return markdown_table(heads, rows, align="rrl" + "r" * (len(heads) - 3))
 
 
+CUDNN, FLASH_ATTENTION_3, TORCH_FLASH = "torch cudnn_attention", "FlashAttention-3", "torch flash_attention"
+"""Contenders on tensor cores that ours are held against."""
+
+Configuration = tuple[int, int, bool]
+"""Head dimension, length, causal."""
+
+
+def tensor_core_rates() -> dict[Configuration, dict[str, float]]:
+    """Return the measured TFLOP/s of every contender, by configuration."""
+    rates: dict[Configuration, dict[str, float]] = {}
+    for row in measurement("tensor-core-speed")["rows"]:
+        configuration = row["head_dim"], row["length"], row["causal"]
+        rates.setdefault(configuration, {})[row["contender"]] = row["teraflops_per_second"]
+    return rates
+
+
+def flash3_ratio(rates: Mapping[str, float]) -> float:
+    """Return the speed of flash3 over that of the faster of FlashAttention-3 and cuDNN."""
+    return rates["flash3"] / max(rates[FLASH_ATTENTION_3], rates[CUDNN])
+
+
+def flash2_ratio(rates: Mapping[str, float]) -> float:
+    """Return the speed of flash2 over that of FlashAttention-2."""
+    return rates["flash2"] / rates[TORCH_FLASH]
+
+
+def configuration_text(configuration: Configuration) -> str:
+    """Return a configuration in words."""
+    head_dim, length, causal = configuration
+    return f"{'causal, ' if causal else ''}d = {head_dim}, {length:,} tokens"
+
+
+class TensorCoreSpeed(MarkdownDirective):
+    """The measured speed on tensor cores beside other libraries."""
+
+    def lines(self) -> list[str]:
+        """Return one row per configuration."""
+        shown = {
+            "flash3": "flash3",
+            "flash2": "flash2",
+            CUDNN: "cuDNN",
+            FLASH_ATTENTION_3: "FlashAttention-3",
+            TORCH_FLASH: "FlashAttention-2",
+        }
+        heads = ["head_dim", "length", "causal", *shown.values(), "flash3 / best", "flash2 / FlashAttention-2"]
+        rows = [
+            [
+                str(head_dim),
+                f"{length:,}",
+                "yes" if causal else "no",
+                *(f"{rates[name]:.0f}" for name in shown),
+                f"{flash3_ratio(rates):.3f}",
+                f"{flash2_ratio(rates):.3f}",
+            ]
+            for (head_dim, length, causal), rates in tensor_core_rates().items()
+        ]
+        return markdown_table(heads, rows, align="rrl" + "r" * (len(heads) - 3))
+
+
+class TensorCoreSummary(MarkdownDirective):
+    """What the measured speed on tensor cores comes to."""
+
+    def lines(self) -> list[str]:
+        """Return where and what was measured, and a list of ratios."""
+        from cupy_kernels.bench import SHAPES
+        from cupy_kernels.verify import sources_digest
+
+        report, rates = measurement("tensor-core-speed"), tensor_core_rates()
+        wanted = [(shape.head_dim, shape.length, shape.causal) for shape in SHAPES if shape.dtype == "bfloat16"]
+        missing = [configuration_text(one) for one in wanted if one not in rates]
+        stopped = f" The run was stopped before {'; '.join(missing)}." if missing else ""
+        changed = ", which have changed since" if report["kernel_sources"] != sources_digest() else ""
+        return [
+            f"{measured_on(report)}, PyTorch {report['versions']['torch']}; medians of {report['rounds']}; "
+            f"{len(rates)} of {len(wanted)} configurations.{stopped} Kernel sources `{report['kernel_sources']}`"
+            f"{changed}.",
+            "",
+            *self.ratios("`flash3` over the faster of FlashAttention-3 and cuDNN", flash3_ratio, rates),
+            *self.ratios("`flash2` over FlashAttention-2", flash2_ratio, rates),
+        ]
+
+    @staticmethod
+    def ratios(
+        title: str,
+        ratio_of: Callable[[Mapping[str, float]], float],
+        rates: Mapping[Configuration, Mapping[str, float]],
+    ) -> list[str]:
+        """Return a list entry with geometric means and the lowest ratio."""
+        ratios = {configuration: ratio_of(found) for configuration, found in rates.items()}
+        dense, causal = (
+            geometric_mean(ratio for (_, _, hidden), ratio in ratios.items() if hidden is wanted)
+            for wanted in (False, True)
+        )
+        lowest = min(ratios, key=ratios.__getitem__)
+        return [
+            f"- {title}: geometric mean **{geometric_mean(ratios.values()):.3f}** (without a mask {dense:.3f}, causal "
+            f"{causal:.3f}), lowest {ratios[lowest]:.3f} ({configuration_text(lowest)}).",
+        ]
+
+
+class HopperModels(MarkdownDirective):
+    """How far the models of Hopper's arithmetic are proven."""
+
+    def lines(self) -> list[str]:
+        """Return a list."""
+        from cupy_kernels.derive_special_functions import DEVICE_NAMES
+
+        report = measurement("hopper-models")
+        device, functions, forms = report["device"], report["functions"], report["forms"]
+        lines = [
+            f"- {device}, `{name}`: {found['differing_inputs']} of {found['inputs']:,} inputs differ; the table fitted "
+            f"to it {'is' if found['as_installed'] else 'is not'} the one that is installed."
+            for name, found in functions.items()
+        ]
+        sums, differing = (sum(form[name] for form in forms) for name in ("sums", "differing_sums"))
+        lines.append(
+            f"- {device}, {len(forms)} of {report['forms_in_all']} forms: {differing} of {sums:,} sums differ. "
+            f"The forms are {'; '.join(form['form'] for form in forms)}."
+        )
+        left = ", ".join(f"`{name}`" for name in DEVICE_NAMES if name not in functions)
+        others = report["forms_in_all"] - len(forms)
+        return [*lines, f"- Not run yet: {left}; {others} forms of products, those of `mma.sync` among them."]
+
+
 class KernelHost(MarkdownDirective):
     """What calls and compilation cost the host."""
 
@@ -199,19 +324,19 @@ class KernelHost(MarkdownDirective):
 
 
 class KernelPlot(Directive):
-    """A picture of the measured speed with one storage format."""
+    """A picture of the measured speed of one measurement with one storage format."""
 
-    required_arguments = 1
+    required_arguments = 2
 
     def run(self) -> list[nodes.Node]:
         """Draw it beside the other static files and return the image."""
         from cupy_kernels import bench
 
-        (dtype,) = self.arguments
-        document, name = self.state.document.settings.env, f"simt-speed-{dtype}.svg"
+        measured, dtype = self.arguments
+        document, name = self.state.document.settings.env, f"{measured}-{dtype}.svg"
         target = Path(document.srcdir) / "_build" / "pictures" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        bench.plot(measurement("simt-speed"), dtype).savefig(target)
+        bench.plot(measurement(measured), dtype).savefig(target)
         return [nodes.image(uri=f"/_build/pictures/{name}", alt=f"TFLOP/s against the number of tokens, {dtype}")]
 
 
@@ -366,6 +491,9 @@ DIRECTIVES: Mapping[str, type[Directive]] = {
     "kernel-plot": KernelPlot,
     "kernel-sanitizer": KernelSanitizer,
     "kernel-speed": KernelSpeed,
+    "tensor-core-speed": TensorCoreSpeed,
+    "tensor-core-summary": TensorCoreSummary,
+    "hopper-models": HopperModels,
     "algorithm-pages": AlgorithmPages,
     "algorithm-facts": AlgorithmFacts,
     "plan-options": PlanOptions,

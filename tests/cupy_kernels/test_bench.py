@@ -15,9 +15,8 @@ from cupy_kernels.table import ALGORITHMS
 MEASUREMENTS = Path(__file__).parents[2] / "docs" / "measurements"
 
 
-@pytest.fixture(scope="module")
-def report():
-    return json.loads((MEASUREMENTS / "simt-speed.json").read_text())
+def measurement(name):
+    return json.loads((MEASUREMENTS / f"{name}.json").read_text())
 
 
 def test_flops_are_the_papers():
@@ -34,7 +33,9 @@ def test_flops_are_the_papers():
     ]
 
 
-def test_the_report_is_consistent(report):
+@pytest.mark.parametrize("name", ["simt-speed", "tensor-core-speed"])
+def test_the_report_is_consistent(name):
+    report = measurement(name)
     peak = report["fp32_peak_flops_per_second"]
     for row in report["rows"]:
         shape = bench.Shape(**{name: row[name] for name in bench.Shape.__dataclass_fields__})
@@ -45,15 +46,32 @@ def test_the_report_is_consistent(report):
             assert row["gigabytes_per_second"] == pytest.approx(row["counted_hbm_bytes"] / seconds / 1e9)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_picture_has_a_line_for_every_contender(report, dtype):
+def test_every_configuration_on_tensor_cores_has_what_it_is_compared_with():
+    """The documentation takes ratios of these."""
+    found = {}
+    for row in measurement("tensor-core-speed")["rows"]:
+        shape = bench.Shape(**{name: row[name] for name in bench.Shape.__dataclass_fields__})
+        found.setdefault(shape, set()).add(row["contender"])
+    assert set(found) <= set(bench.SHAPES)
+    compared = {"flash3", "flash2", "FlashAttention-3", "torch cudnn_attention", "torch flash_attention"}
+    assert all(compared <= contenders for contenders in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "directions"),
+    [("simt-speed", "float32", 2), ("simt-speed", "float16", 2), ("tensor-core-speed", "bfloat16", 1)],
+)
+def test_the_picture_has_a_line_for_every_contender(name, dtype, directions):
+    report = measurement(name)
     figure = bench.plot(report, dtype)
-    assert len(figure.axes) == 2 * 2 * 3  # directions, masks, head dimensions
+    assert len(figure.axes) == directions * 2 * 3  # directions, masks, head dimensions
     rows = [row for row in report["rows"] if row["dtype"] == dtype]
     (legend,) = figure.legends
     assert {text.get_text() for text in legend.get_texts()} == {row["contender"] for row in rows}
-    drawn = sum(len(line.get_xdata()) for axes in figure.axes for line in axes.get_lines()) - 2 * len(figure.axes)
-    assert drawn == len(rows)  # the peak's line has two points in every panel
+    drawn = sum(len(line.get_xdata()) for axes in figure.axes for line in axes.get_lines())
+    if dtype != "bfloat16":
+        drawn -= 2 * len(figure.axes)  # the peak's line has two points in every panel
+    assert drawn == len(rows)
     for axes in figure.axes:
         bottom, top = axes.get_ylim()
         assert all(bottom <= value <= top for line in axes.get_lines() for value in line.get_ydata())
