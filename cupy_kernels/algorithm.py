@@ -52,6 +52,8 @@ class KernelAlgorithm:
         The simulated machine's arithmetic whose bits a plan's kernels have.
     why_these_units
         Why a plan's kernels multiply by what they do on a GPU.
+    ragged
+        Directions whose programs take sequences with lengths of their own.
     """
 
     name: str
@@ -63,6 +65,7 @@ class KernelAlgorithm:
     refusal: Callable[[AttentionProblem, Hardware], str | None] = _refuses_nothing
     arithmetic: Callable[[AttentionProblem, Any], str] = _on_cuda_cores
     why_these_units: Callable[[Direction, AttentionProblem, Any, Hardware], str] = _for_cuda_cores
+    ragged: tuple[Direction, ...] = ()
 
     def dtypes(self, hardware: Hardware) -> tuple[str, ...]:
         """Return the storage formats that there are kernels for on a GPU; none if there are no kernels for it."""

@@ -28,6 +28,7 @@ from cupy_kernels.launch import (
     row_alignment,
 )
 from cupy_kernels.program import workspace_layout
+from cupy_kernels.ragged import OFFSETS
 from cupy_kernels.table import chosen_program, default_plan, get_algorithm
 from simattn.hardware import get_hardware
 from simattn.planning import DEFAULT_HARDWARE
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from simattn.problem import Window
 
 _NOT_SUPPORTED = ("bias", "dropout", "softcap", "sinks")
-_INPUTS = ("q", "k", "v")
+_INPUTS: tuple[str, ...] = ("q", "k", "v")
+_RAGGED_INPUTS = (*_INPUTS, *OFFSETS)
 _NOTHING: frozenset[str] = frozenset()
 
 
@@ -101,7 +103,14 @@ def attention(
     return_lse
         Whether to return the log-sum-exp of the scores too.
     cu_seqlens_q, cu_seqlens_k
-        Not taken: sequences of one call have the same length.
+        For sequences with lengths of their own, which "flash3" takes: both or neither, contiguous int32 arrays on the
+        device of one number more than there are sequences, ascending from 0. Sequence i has the rows
+        ``cu_seqlens_q[i]:cu_seqlens_q[i + 1]`` of q and of the results, and the rows
+        ``cu_seqlens_k[i]:cu_seqlens_k[i + 1]`` of k and v; either may be none. Shapes have no batch axis then: q
+        (rows, heads, head_dim), k and v (rows, kv_heads, ...), out (rows, heads, value_dim), lse (heads, rows). The
+        masks are each sequence's, and what other sequences hold, NaN or Inf, never matters. The host does not look at
+        the numbers: rows that belong to no sequence are not written, and numbers that are no such offsets lead to
+        results of other rows, never outside the arrays.
     out
         Where to write the result: a C-contiguous array of shape (batch, q_len, heads, value_dim), stored like q, that
         overlaps no input. With ``return_lse``, that or a pair ``(out, lse)``.
@@ -147,9 +156,6 @@ def attention(
     """
     if unsupported:
         _refuse("attention", unsupported)
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        name = "cu_seqlens_k" if cu_seqlens_q is None else "cu_seqlens_q"
-        raise ValueError(f"{name} is not taken: expected None, and one (batch, length, heads, dim) array each")
     cupy = require_cupy()
     ndarray = cupy.ndarray
     if q.__class__ is not ndarray:
@@ -163,7 +169,10 @@ def attention(
         check_device("k", k.data.device_id, device)
     if v.data.device_id != device:
         check_device("v", v.data.device_id, device)
-    arguments = (q, k, v, scale, causal, window, algorithm, plan, return_lse, return_saved, out, workspace)
+    offsets: tuple[Any, ...] = ()
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        offsets = _offsets(device, cu_seqlens_q, cu_seqlens_k)
+    arguments = (q, k, v, offsets, scale, causal, window, algorithm, plan, return_lse, return_saved, out, workspace)
     if cupy.cuda.runtime.getDevice() != device:
         with cupy.cuda.Device(device):
             return _attention(device, *arguments)
@@ -175,6 +184,7 @@ def _attention(
     q: Any,
     k: Any,
     v: Any,
+    offsets: tuple[Any, ...],
     scale: float | None,
     causal: bool,
     window: Any,
@@ -188,10 +198,15 @@ def _attention(
     """Launch on the current device, which is the arrays'."""
     counted = active_count()
     described = (q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype)
+    names, starts = _INPUTS, (q.data.ptr, k.data.ptr, v.data.ptr)
+    if offsets:
+        names = _RAGGED_INPUTS
+        described += tuple(part for array in offsets for part in (array.shape, array.strides, array.dtype))
+        starts += tuple(array.data.ptr for array in offsets)
     launch = _prepared(
-        device, algorithm, "forward", _INPUTS, scale, causal, window, plan, False, counted is not None, described
+        device, algorithm, "forward", names, scale, causal, window, plan, False, counted is not None, described
     )
-    addresses = [q.data.ptr, k.data.ptr, v.data.ptr, *launch.no_addresses]
+    addresses = [*starts, *launch.no_addresses]
     launch.check_addresses(addresses)
     _check_flag("return_lse", return_lse)
     _check_flag("return_saved", return_saved)
@@ -219,6 +234,18 @@ def _attention(
     if return_saved:
         returned.append({name: results[name] for name in get_algorithm(algorithm).saved})
     return tuple(returned)
+
+
+def _offsets(device: int, *given: Any) -> tuple[Any, ...]:
+    """Return the arrays of offsets of sequences, which are on the device of q."""
+    arrays = []
+    for name, array in zip(OFFSETS, given, strict=True):
+        if array is None:
+            (other,) = set(OFFSETS) - {name}
+            raise ValueError(f"{name} is missing beside {other}: expected both, or neither")
+        arrays.append(device_array(name, array))
+        check_device(name, arrays[-1].data.device_id, device)
+    return tuple(arrays)
 
 
 def attention_backward(

@@ -29,6 +29,15 @@ def traffic_of(counters: Sequence[Counter], numbers: Sequence[int]) -> Traffic:
     return total
 
 
+def metadata_of(counters: Sequence[Counter], numbers: Sequence[int]) -> dict[str, int]:
+    """Return the bytes that numbers count of what kernels read to know what to do, by array."""
+    total: dict[str, int] = {}
+    for (array, counter), number in zip(counters, numbers, strict=True):
+        if counter == METADATA:
+            total[array] = total.get(array, 0) + number
+    return total
+
+
 _active: ContextVar[CountedTraffic | None] = ContextVar("count_traffic", default=None)
 
 
@@ -60,14 +69,33 @@ class CountedTraffic:
     def traffic(self) -> Traffic:
         """Bytes moved so far, as a :class:`simattn.Traffic`; waits for the devices to finish."""
         total = Traffic()
+        for counters, numbers in self._numbers():
+            total = total + traffic_of(counters, numbers)
+        for inner in self._inner:
+            total = total + inner.traffic
+        return total
+
+    @property
+    def metadata(self) -> dict[str, int]:
+        """Bytes read so far to know what to do, by array; they are no part of ``traffic``. Waits as that does.
+
+        "schedule" are the words that tell thread blocks their tiles, "sequence_offsets" those of ``cu_seqlens_q`` and
+        ``cu_seqlens_k``.
+        """
+        total: dict[str, int] = {}
+        found = [metadata_of(counters, numbers) for counters, numbers in self._numbers()]
+        for one in (*found, *(inner.metadata for inner in self._inner)):
+            for array, number in one.items():
+                total[array] = total.get(array, 0) + number
+        return total
+
+    def _numbers(self) -> Iterator[tuple[tuple[Counter, ...], list[int]]]:
+        """Yield what was counted on every device, once it has finished."""
         for (device, counters), buffer in self._buffers.items():
             with require_cupy().cuda.Device(device) as chosen:
                 chosen.synchronize()
                 numbers = buffer.get()
-            total = total + traffic_of(counters, numbers.tolist())
-        for inner in self._inner:
-            total = total + inner.traffic
-        return total
+            yield counters, numbers.tolist()
 
     def synchronize(self) -> None:
         """Wait until no kernel adds to the counters, whose memory goes with this object."""

@@ -3,11 +3,16 @@
 The twin of :mod:`simattn.algorithms.flash3`, forward. Bits are those of ``simattn.run("flash3", arithmetic="hopper")``
 and depend on the plan's tile of keys alone; neither they nor the bytes counted depend on how many thread blocks there
 are.
+
+Sequences with lengths of their own (:class:`RaggedProblem`) follow one another along the rows; where they start, only
+the device knows. A launch then has room for as many query tiles as there can be, and every thread block finds out which
+sequence a tile is of. Each sequence has the bits that it has alone with the same tile of keys.
 """
 
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +20,21 @@ import numpy.typing as npt
 from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.forward_tiles import too_large
 from cupy_kernels.parameters import check_plan as check_every_plan
-from cupy_kernels.program import Boxes, Kernel, Program, Step, forward_results, inputs, macros, program_of, table
-from simattn.algorithms.flash3 import Flash3Plan, gpu_tiles, is_masked
+from cupy_kernels.program import (
+    Array,
+    Boxes,
+    Kernel,
+    Program,
+    Step,
+    forward_results,
+    inputs,
+    macros,
+    offsets,
+    program_of,
+    table,
+)
+from cupy_kernels.ragged import OFFSETS, RaggedProblem
+from simattn.algorithms.flash3 import Flash3Plan, gpu_tiles, is_masked, ragged_slots
 from simattn.hardware import Hardware
 from simattn.plan import Tiles
 from simattn.problem import AttentionProblem
@@ -67,7 +85,8 @@ def column_bucket(problem: AttentionProblem) -> int:
 
 def default_forward_plan(problem: AttentionProblem, hardware: Hardware, deterministic: bool) -> Flash3Plan:
     """Return the tiles that are fastest; every device that runs the kernel has the shared memory for them."""
-    return Flash3Plan(tiles=gpu_tiles(problem, hardware, "forward")[0])
+    chosen_for = problem.average if isinstance(problem, RaggedProblem) else problem
+    return Flash3Plan(tiles=gpu_tiles(chosen_for, hardware, "forward")[0])
 
 
 def refusal(problem: AttentionProblem, hardware: Hardware) -> str | None:
@@ -76,9 +95,11 @@ def refusal(problem: AttentionProblem, hardware: Hardware) -> str | None:
         return f"dtype={problem.dtype!r}: flash3 takes {DTYPES}"
     if hardware.compute_capability != (9, 0):
         major, minor = hardware.compute_capability
+        # No other algorithm takes sequences with lengths of their own.
+        expected = "another GPU" if isinstance(problem, RaggedProblem) else "another algorithm, such as 'flash2'"
         return (
             f"algorithm='flash3' runs on compute capability 9.0 (Hopper), and {hardware.name} has {major}.{minor}: "
-            "expected another algorithm, such as 'flash2'"
+            f"expected {expected}"
         )
     return None
 
@@ -99,6 +120,8 @@ def check_plan(problem: AttentionProblem, plan: Flash3Plan) -> None:
         )
     if tiles.depth is not None and tiles.depth < max(problem.head_dim, problem.value_dim):
         raise ValueError(f"plan.tiles.depth={tiles.depth}: expected None, the kernel takes all columns at a time")
+    if packed > 1 and isinstance(problem, RaggedProblem):
+        raise ValueError(f"plan.packed_heads={packed} with cu_seqlens_q: expected 1, the kernel packs no heads then")
     if GROUP_ROWS % packed or problem.group_size % packed:
         raise ValueError(
             f"plan.packed_heads={packed}: expected a divisor of {GROUP_ROWS} and of the {problem.group_size} query "
@@ -126,6 +149,8 @@ def forward_kernel(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardwa
     else:
         raise too_large(tiles, columns, hardware)
     query_stages, key_stages, value_stages = rings
+    ragged = isinstance(problem, RaggedProblem)
+    order = OFFSETS if ragged else ("schedule",)
     return Kernel(
         source="flash3_forward.cu",
         function="flash3_forward",
@@ -139,16 +164,24 @@ def forward_kernel(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardwa
             value_stages=value_stages,
             packed_heads=packed,
             masked=int(is_masked(problem)),
+            ragged=int(ragged),
             take_turns=int(columns <= TURNS_COLUMNS and groups > 1),
         ),
         threads=WARPGROUP * (groups + 1),
         shared_bytes=shared_bytes,
-        accesses=(("q", "r"), ("k", "r"), ("v", "r"), ("out", "w"), ("lse", "w"), ("schedule", "r")),
+        accesses=(
+            ("q", "r"),
+            ("k", "r"),
+            ("v", "r"),
+            ("out", "w"),
+            ("lse", "w"),
+            *((name, "r") for name in order),
+        ),
         boxes=(
-            Boxes("q", GROUP_ROWS, packed),
-            Boxes("k", tiles.kv),
-            Boxes("v", tiles.kv),
-            Boxes("out", WARP_ROWS, packed),
+            Boxes("q", GROUP_ROWS, packed, ragged),
+            Boxes("k", tiles.kv, None, ragged),
+            Boxes("v", tiles.kv, None, ragged),
+            Boxes("out", WARP_ROWS, packed, ragged),
         ),
         units="wgmma",
     )
@@ -166,15 +199,35 @@ def forward(problem: AttentionProblem, plan: Flash3Plan, hardware: Hardware) -> 
     """Return the forward program: one kernel, whose thread blocks walk the query tiles."""
     check_plan(problem, plan)
     kernel = forward_kernel(problem, plan, hardware)
-    tiles = matrices_of(problem, plan) * tiles_of_matrix(problem, plan)
+    ragged = isinstance(problem, RaggedProblem)
+    if ragged:
+        tiles = ragged_slots(problem.q_len, problem.batch, plan.tiles.q) * problem.heads if problem.q_len else 0
+    else:
+        tiles = matrices_of(problem, plan) * tiles_of_matrix(problem, plan)
     # A thread block steps past the last tile by at most one turn.
     if tiles + hardware.streaming_multiprocessors > LARGEST_TILE_NUMBER:
         raise ValueError(f"{kernel.function} has {tiles} query tiles for this problem: expected fewer, a smaller batch")
     blocks = min(hardware.streaming_multiprocessors, tiles)
+    if ragged:
+        arrays = ragged_arrays(problem)
+        return program_of(problem, arrays, [Step(kernel, blocks, kernel.names)])
     words = schedule(problem, plan, blocks) if is_masked(problem) else np.zeros(0, np.int32)
     arrays = (*inputs(problem), *forward_results(problem), table("schedule", len(words)))
     step = Step(kernel, blocks, tuple(array.name for array in arrays))
     return program_of(problem, arrays, [step], {"schedule": words})
+
+
+def ragged_arrays(problem: AttentionProblem) -> tuple[Array, ...]:
+    """Return the arrays of sequences with lengths of their own, inputs first."""
+
+    def without_batch(array: Array) -> Array:
+        return replace(array, batch=1, ragged=True)
+
+    return (
+        *map(without_batch, inputs(problem)),
+        *(offsets(name, problem.batch) for name in OFFSETS),
+        *map(without_batch, forward_results(problem)),
+    )
 
 
 # The order of query tiles
@@ -255,4 +308,5 @@ ALGORITHM = KernelAlgorithm(
     refusal=refusal,
     arithmetic=lambda problem, plan: "hopper",
     why_these_units=lambda direction, problem, plan, hardware: "its kernel is for Hopper's tensor cores",
+    ragged=("forward",),
 )

@@ -30,9 +30,9 @@ from cupy_kernels.compiler import Variant
 from cupy_kernels.counting import CountedTraffic
 from cupy_kernels.parameters import MAP_BYTES, STORAGE_TYPES, check_supported, parameters
 from cupy_kernels.program import Array, Program, Step, workspace_layout
+from cupy_kernels.ragged import OFFSETS, RaggedProblem
 from cupy_kernels.table import chosen_program
 from cupy_kernels.tensor_map import ADDRESS_MULTIPLE, TensorMap
-from simattn.arithmetic.formats import ITEM_BYTES
 from simattn.hardware import Hardware, get_hardware
 from simattn.plan import Direction, Plan
 from simattn.planning import DEFAULT_HARDWARE
@@ -298,15 +298,19 @@ def row_alignment(program: Program, array: Array) -> int:
     """Return the bytes that rows of an array start at multiples of: four elements, one number, or what a copy needs."""
     if array.name in program.in_chunks:
         return ADDRESS_MULTIPLE
-    return (1 if array.kind == "statistic" else 4) * ITEM_BYTES[array.dtype]
+    return (1 if array.kind in ("statistic", "offsets") else 4) * array.numpy_dtype.itemsize
 
 
 def _given_strides(array: Array, given: Description) -> tuple[int, int, int]:
     """Return the strides of batch, row and head in elements, 0 along an axis of length 1."""
     steps = [
-        stride // ITEM_BYTES[array.dtype] if size > 1 else 0
+        stride // array.numpy_dtype.itemsize if size > 1 else 0
         for size, stride in zip(given.shape, given.strides, strict=True)
     ]
+    if array.kind == "offsets":
+        return 0, steps[0], 0
+    if array.ragged:
+        steps = [0, *steps]
     if array.kind == "matrix":
         return steps[0], steps[1], steps[2]
     return steps[0], steps[2], steps[1]
@@ -382,7 +386,7 @@ def prepare(
     algorithm, direction, scale, causal, window, plan, deterministic, count_traffic
         As the calls have them.
     names
-        Names of the arrays, q, k and v first.
+        Names of the arrays, q, k and v first, then the offsets of sequences if they have lengths of their own.
     described
         Shape, strides and dtype of each.
 
@@ -401,33 +405,41 @@ def prepare(
 def checked_problem(
     given: Mapping[str, Any], *, scale: float | None, causal: bool, window: Window | None
 ) -> AttentionProblem:
-    """Return the problem that q, k and v pose.
+    """Return the problem that q, k and v pose, with the offsets of their sequences where they are given.
 
     Raises
     ------
     TypeError, ValueError
         If the kernels do not take it; the message names the argument.
     """
+    ragged = OFFSETS[0] in given
+    axes = (
+        "3 dimensions (rows, heads, columns) beside cu_seqlens"
+        if ragged
+        else ("4 dimensions (batch, length, heads, columns)")
+    )
     for name in "qkv":
         array = given[name]
-        if len(array.shape) != 4:
-            raise ValueError(f"{name} has shape {array.shape}: expected 4 dimensions (batch, length, heads, columns)")
+        if len(array.shape) != (3 if ragged else 4):
+            raise ValueError(f"{name} has shape {array.shape}: expected {axes}")
         if array.dtype.name not in STORAGE_TYPES:
             raise TypeError(f"{name} has dtype {array.dtype}: expected one of {', '.join(STORAGE_TYPES)}")
         if array.dtype != given["q"].dtype:
             raise TypeError(f"{name} has dtype {array.dtype}: expected {given['q'].dtype}, as q has")
     q, k, v = (given[name].shape for name in "qkv")
-    for name, shape, expected in (("k", k, (q[0], *k[1:3], q[3])), ("v", v, (*k[:3], v[3]))):
+    batch = () if ragged else (q[0],)
+    for name, shape, expected in (("k", k, (*batch, *k[-3:-1], q[-1])), ("v", v, (*k[:-1], v[-1]))):
         if shape != expected:
             raise ValueError(f"{name} has shape {shape}: expected {expected} for q of shape {q} and k of shape {k}")
-    problem = AttentionProblem(
-        batch=q[0],
-        heads=q[2],
-        kv_heads=k[2],
-        q_len=q[1],
-        kv_len=k[1],
-        head_dim=q[3],
-        value_dim=v[3],
+    problem_class = RaggedProblem if ragged else AttentionProblem
+    problem = problem_class(
+        batch=_sequences(given) if ragged else q[0],
+        heads=q[-2],
+        kv_heads=k[-2],
+        q_len=q[-3],
+        kv_len=k[-3],
+        head_dim=q[-1],
+        value_dim=v[-1],
         dtype=given["q"].dtype.name,
         scale=scale,  # type: ignore[arg-type]
         causal=causal,
@@ -435,6 +447,29 @@ def checked_problem(
     )
     check_supported(problem)
     return problem
+
+
+def _sequences(given: Mapping[str, Any]) -> int:
+    """Return how many sequences the arrays of offsets have.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are none or differ; the message names the array.
+    """
+    for name in OFFSETS:
+        array = given[name]
+        if len(array.shape) != 1 or array.shape[0] < 2:
+            raise ValueError(
+                f"{name} has shape {array.shape}: expected 1 dimension, of at least 2 offsets: 0, and where every "
+                "sequence ends"
+            )
+        if array.dtype.name != "int32":
+            raise TypeError(f"{name} has dtype {array.dtype}: expected int32")
+    queries, keys = (given[name].shape[0] for name in OFFSETS)
+    if queries != keys:
+        raise ValueError(f"{OFFSETS[1]} has {keys} offsets: expected {queries}, as {OFFSETS[0]} has")
+    return int(queries) - 1
 
 
 def check_inputs(program: Program, given: Mapping[str, Description]) -> None:

@@ -26,13 +26,16 @@ Units = Literal["CUDA cores", "mma.sync", "wgmma"]
 """What a kernel multiplies matrices by: the CUDA cores, or one of two instructions of the tensor cores."""
 
 Role = Literal["input", "output", "saved", "workspace", "table"]
-Kind = Literal["matrix", "statistic", "square"]
+Kind = Literal["matrix", "statistic", "square", "offsets"]
 
 COUNTERS = {"r": "hbm_read_bytes", "w": "hbm_write_bytes", "a": "hbm_reduce_bytes"}
 """Counter of :class:`simattn.ArrayTraffic` by access."""
 
 METADATA = "metadata"
 """Counter of what kernels read to know what to do, which is no traffic of the algorithm."""
+
+SEQUENCE_OFFSETS = "sequence_offsets"
+"""Array under which the reads of all arrays of offsets are counted."""
 
 SQUARE_ROW_MULTIPLE = 8
 """Elements that the rows of a (query, key) matrix are a multiple of apart, so that they start at whole vectors."""
@@ -50,13 +53,15 @@ class Array:
         As the simulated machine's program calls it.
     kind
         "matrix", shape (batch, rows, heads, columns); "statistic", one number a row, (batch, heads, rows); "square",
-        (batch, heads, rows, columns) with rows padded to whole vectors.
+        (batch, heads, rows, columns) with rows padded to whole vectors; "offsets", shape (rows,).
     dtype
-        Storage format, or "int32" of a table.
+        Storage format, or "int32" of a table and of offsets.
     batch, heads, rows, columns
         Shape.
     role
         Who brings or takes it; a "table" is filled once, when a launch is prepared.
+    ragged
+        Whether sequences follow one another along its rows: ``batch`` is 1, and callers see no batch axis.
     """
 
     name: str
@@ -67,14 +72,22 @@ class Array:
     rows: int
     columns: int
     role: Role
+    ragged: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape as callers see it."""
+        if self.kind == "offsets":
+            return (self.rows,)
+        return self.batched_shape[1:] if self.ragged else self.batched_shape
+
+    @property
+    def batched_shape(self) -> tuple[int, ...]:
+        """Shape with a batch axis; that of offsets as a statistic has it."""
         if self.kind == "matrix":
             return self.batch, self.rows, self.heads, self.columns
         whole = (self.batch, self.heads, self.rows, self.columns)
-        return whole[:3] if self.kind == "statistic" else whole
+        return whole if self.kind == "square" else whole[:3]
 
     @property
     def row_elements(self) -> int:
@@ -113,11 +126,14 @@ class Boxes:
         Rows of a box.
     packed_heads
         Heads whose rows a box interleaves, position by position; None where a box has one head and no axis for more.
+    ragged
+        Whether a box ends with its sequence, for an array without a batch axis.
     """
 
     name: str
     rows: int
     packed_heads: int | None = None
+    ragged: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,8 +255,14 @@ class Program:
 
     def counters(self, step: Step) -> tuple[tuple[str, str], ...]:
         """Return array and counter of each number that a step's instrumented kernel adds to."""
+
+        def counter(array: Array, access: str) -> tuple[str, str]:
+            if array.kind == "offsets":
+                return SEQUENCE_OFFSETS, METADATA
+            return array.name, METADATA if array.role == "table" else COUNTERS[access]
+
         return tuple(
-            (array, METADATA if self.array[array].role == "table" else COUNTERS[access])
+            counter(self.array[array], access)
             for array, (_, accesses) in zip(step.arrays, step.kernel.accesses, strict=True)
             for access in accesses
         )
@@ -301,6 +323,11 @@ def statistic(problem: AttentionProblem, name: str, role: Role) -> Array:
 def table(name: str, length: int) -> Array:
     """Return an array of integers that tells kernels what to do."""
     return Array(name, "statistic", "int32", 1, 1, length, 1, "table")
+
+
+def offsets(name: str, sequences: int) -> Array:
+    """Return an array of where each sequence starts, and after them where the last one ends."""
+    return Array(name, "offsets", "int32", 1, 1, sequences + 1, 1, "input")
 
 
 def square(problem: AttentionProblem, name: str, role: Role) -> Array:

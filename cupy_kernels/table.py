@@ -11,6 +11,7 @@ from cupy_kernels.algorithm import KernelAlgorithm
 from cupy_kernels.compiler import Variant
 from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES, check_supported
 from cupy_kernels.program import Kernel, Program
+from cupy_kernels.ragged import RaggedProblem
 from simattn.hardware import Hardware, get_hardware
 from simattn.plan import Direction, Plan
 from simattn.planning import DEFAULT_HARDWARE
@@ -114,6 +115,12 @@ def _algorithm_for(
                 f"algorithm={chosen.name!r} has no kernel for the {direction} pass: expected one of {others}"
             )
         raise ValueError(f"direction={direction!r}: expected one of {tuple(chosen.programs)}")
+    if isinstance(problem, RaggedProblem) and direction not in chosen.ragged:
+        others = tuple(name for name, other in ALGORITHMS.items() if direction in other.ragged)
+        raise ValueError(
+            f"algorithm={chosen.name!r} takes no cu_seqlens_q and cu_seqlens_k for the {direction} pass: expected one "
+            f"of {others}, or sequences of one length each"
+        )
     check_supported(problem)
     refusal = chosen.refusal(problem, gpu)
     if refusal is not None:
@@ -155,7 +162,7 @@ def default_programs(problem: AttentionProblem, hardware: str | Hardware = DEFAU
     for name, chosen in ALGORITHMS.items():
         if chosen.refusal(problem, gpu) is not None:
             continue
-        for direction in chosen.programs:
+        for direction in chosen.ragged if isinstance(problem, RaggedProblem) else chosen.programs:
             found = {default_plan(problem, gpu, algorithm=name, direction=direction, deterministic=repeats)
                      for repeats in ((False, True) if direction == "backward" else (True,))}  # fmt: skip
             for plan in sorted(found, key=repr):
@@ -169,9 +176,12 @@ def default_kernels(hardware: str | Hardware = DEFAULT_HARDWARE) -> list[Kernel]
         for columns in COLUMN_BUCKETS:
             for causal in (False, True):
                 # Long and grouped enough for every step of a program to have something to do.
-                problem = AttentionProblem(heads=2, kv_heads=1, q_len=256, head_dim=columns, dtype=dtype, causal=causal)
-                for program in default_programs(problem, hardware):
-                    found |= dict.fromkeys(step.kernel for step in program.steps)
+                for problem_class in (AttentionProblem, RaggedProblem):
+                    problem = problem_class(
+                        heads=2, kv_heads=1, q_len=256, head_dim=columns, dtype=dtype, causal=causal
+                    )
+                    for program in default_programs(problem, hardware):
+                        found |= dict.fromkeys(step.kernel for step in program.steps)
     return list(found)
 
 

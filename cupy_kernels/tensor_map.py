@@ -21,6 +21,12 @@ SLAB_COLUMNS = 64
 """Columns of a box: 128 bytes, the unit in which shared memory is swizzled."""
 
 LARGEST_STRIDE = 1 << 40
+RAGGED_ROWS = 1 << 30
+"""Rows along the axis at whose end every sequence of a ragged array ends."""
+
+RAGGED_STRIDE = 1 << 34
+"""So many bytes times ``RAGGED_ROWS`` are none, modulo 2^64."""
+
 MOST_BOX_ROWS = 256
 
 CPU_RECORD = struct.Struct("<4sIQII5I5I4Q")
@@ -79,6 +85,8 @@ class TensorMap:
         """
         item = array.numpy_dtype.itemsize
         batch, row, head = (stride * item for stride in strides)
+        if boxes.ragged:
+            return cls._ragged(array, boxes, row, head)
         packed = boxes.packed_heads
         extents: tuple[int, ...]
         steps: tuple[int, ...]
@@ -97,6 +105,28 @@ class TensorMap:
             for step, extent in zip(steps, extents[1:], strict=True)
         )
         return cls(array.name, array.dtype, tuple(max(1, extent) for extent in extents), used, (SLAB_COLUMNS, *box))
+
+    @classmethod
+    def _ragged(cls, array: Array, boxes: Boxes, row: int, head: int) -> TensorMap:
+        """Return the map of an array whose sequences follow one another along its rows, a stride of bytes apart.
+
+        Axes: columns, row, end, one more, heads. The row of a sequence is asked for by its number less the sequence's
+        length plus ``RAGGED_ROWS``, so that the sequence ends where the second axis does and what follows is outside
+        the array; by the row of the array at which the sequence ends; and by ``RAGGED_ROWS`` along the fourth axis,
+        which takes ``RAGGED_ROWS`` rows off again: addresses are sums modulo 2^64.
+        """
+        if row >= RAGGED_STRIDE:
+            raise ValueError(f"{array.name} has a stride of {row} bytes from row to row: expected less than 2^34")
+        row = row if array.rows > 1 else ADDRESS_MULTIPLE
+        head = head if array.heads > 1 else ADDRESS_MULTIPLE
+        extents = (array.columns, RAGGED_ROWS, array.rows + 1, RAGGED_ROWS + 1, array.heads)
+        return cls(
+            array.name,
+            array.dtype,
+            extents,
+            (row, row, RAGGED_STRIDE - row, head),
+            (SLAB_COLUMNS, boxes.rows, 1, 1, 1),
+        )
 
     def encode(self, address: int) -> bytes:
         """Return the map as the device takes it.

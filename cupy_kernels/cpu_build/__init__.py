@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cupy_kernels.compiler import Variant
-from cupy_kernels.counting import traffic_of
+from cupy_kernels.counting import Counter, metadata_of, traffic_of
 from cupy_kernels.parameters import parameters
 from cupy_kernels.program import Array, Kernel, Program, Step
 from cupy_kernels.tensor_map import TensorMap
@@ -208,12 +208,12 @@ class _GlobalArray:
     @classmethod
     def made_for(cls, array: Array) -> _GlobalArray:
         """Make the memory, all of it NaN."""
-        shape = array.shape if array.kind != "statistic" else (*array.shape, 1)
+        shape = array.batched_shape if len(array.batched_shape) == 4 else (*array.batched_shape, 1)
         item = array.numpy_dtype.itemsize
         strides, step = [item], array.row_elements * item
         for extent in reversed(shape[:-1]):
             # A single number per row is not padded: statistics are adjacent.
-            step += 0 if array.kind == "statistic" else GAP_BYTES
+            step += 0 if array.kind in ("statistic", "offsets") else GAP_BYTES
             strides.insert(0, step)
             step *= max(1, extent)
         memory = np.full(step + 256, 0xFF, np.uint8)
@@ -223,7 +223,8 @@ class _GlobalArray:
     @property
     def values(self) -> Values:
         """The values in the shape in which callers see them."""
-        return self.stored[..., 0] if self.array.kind == "statistic" else self.stored
+        values = self.stored if len(self.array.batched_shape) == 4 else self.stored[..., 0]
+        return values.reshape(self.array.shape)  # a view: only axes of length 1 go
 
     @property
     def address(self) -> int:
@@ -292,6 +293,7 @@ def run_program(
     copies: Copies = "early",
     seed: int = 0,
     kernels: Path = KERNELS,
+    metadata: dict[str, int] | None = None,
 ) -> tuple[dict[str, Values], Traffic]:
     """Run a program on the CPU, every kernel in its instrumented build.
 
@@ -311,6 +313,8 @@ def run_program(
         Of the random order.
     kernels
         Directory of the kernels' source.
+    metadata
+        Where to add the bytes that kernels read to know what to do, by array.
 
     Returns
     -------
@@ -343,7 +347,11 @@ def run_program(
         memory[name].values[...] = values
     traffic = Traffic()
     for step in program.steps:
-        traffic = traffic + _run_step(program, step, memory, order, copies, seed, kernels)
+        counted, numbers = _run_step(program, step, memory, order, copies, seed, kernels)
+        traffic = traffic + traffic_of(counted, numbers)
+        if metadata is not None:
+            for name, read in metadata_of(counted, numbers).items():
+                metadata[name] = metadata.get(name, 0) + read
     results = {name: made.values.copy() for name, made in memory.items() if made.array.role not in ("input", "table")}
     return results, traffic
 
@@ -356,8 +364,8 @@ def _run_step(
     copies: Copies,
     seed: int,
     kernels: Path,
-) -> Traffic:
-    """Run one launch and return what it counted."""
+) -> tuple[tuple[Counter, ...], list[int]]:
+    """Run one launch and return what it counted, and the numbers."""
     kernel, held = step.kernel, [memory[name] for name in step.arrays]
     strides = {name: array.element_strides for name, array in zip(kernel.names, held, strict=True)}
     filled = parameters(kernel.names, program.problem, step.operand, strides, kernel.mapped)
@@ -393,4 +401,4 @@ def _run_step(
     for (_, access), array, written in zip(kernel.accesses, held, flags, strict=True):
         if access == "w" and written is not None:
             array.check_written(written)
-    return traffic_of(counted, counters.tolist())
+    return counted, counters.tolist()

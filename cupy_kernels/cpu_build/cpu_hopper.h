@@ -225,7 +225,7 @@ inline TensorMapRecord read_map(const TensorMap* map) {
 }
 
 // Call for every row of a box with its number, the address of its first element inside the array and the bytes before
-// and of those inside.
+// and of those inside. Addresses are taken modulo 2^64, as the hardware does.
 template <class Function>
 inline void for_each_row(const BoxCopy& copy, Function function) {
   const TensorMapRecord& map = copy.map;
@@ -234,14 +234,15 @@ inline void for_each_row(const BoxCopy& copy, Function function) {
   unsigned place[MOST_AXES] = {};
   for (int row = 0;; row++) {
     bool inside = first < stop;
-    long long offset = (copy.at[0] + first) * map.item_bytes;
+    uint64_t offset = static_cast<uint64_t>(copy.at[0] + first) * map.item_bytes;
     for (int axis = 1; axis < map.axes; axis++) {
       const long long index = copy.at[axis] + place[axis];
       inside = inside && index >= 0 && index < map.extents[axis];
-      offset += index * static_cast<long long>(map.strides[axis - 1]);
+      offset += static_cast<uint64_t>(index) * map.strides[axis - 1];
     }
     const int bytes = inside ? static_cast<int>(stop - first) * map.item_bytes : 0;
-    function(row, map.address + offset, static_cast<int>(first) * map.item_bytes, bytes);
+    char* const address = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(map.address) + offset);
+    function(row, address, static_cast<int>(first) * map.item_bytes, bytes);
     int axis = 1;
     while (axis < map.axes && ++place[axis] == map.box[axis]) place[axis++] = 0;
     if (axis == map.axes) return;

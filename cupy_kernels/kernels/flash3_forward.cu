@@ -22,6 +22,7 @@
 //   VALUE_STAGES  tiles of values in shared memory
 //   PACKED_HEADS  query heads of a KV head whose rows share a tile, position by position; divides 64
 //   MASKED        whether keys are hidden by a causal mask or a window
+//   RAGGED        whether sequences have lengths of their own and follow one another, with no batch axis
 //   TAKE_TURNS    whether the warpgroups issue their products in turns
 //   COUNT_TRAFFIC if defined, bytes moved are added to `counters`
 #include "counters.cuh"
@@ -62,6 +63,7 @@ static_assert(SHARED_BYTES <= 232448, "shared memory of a multiprocessor");
 static_assert(QUERY_ROWS % GROUP_ROWS == 0 && CONSUMERS <= 3, "one to three warpgroups compute");
 static_assert(KEY_ROWS % STEP == 0 && COLUMNS % STEP == 0, "products contract 16 at a time");
 static_assert(GROUP_ROWS % PACKED_HEADS == 0, "packed heads share a warpgroup's rows evenly");
+static_assert(!RAGGED || PACKED_HEADS == 1, "a tensor map has no axis left for packed heads");
 
 struct Flash3ForwardParameters {
   const Stored* q;
@@ -69,15 +71,28 @@ struct Flash3ForwardParameters {
   const Stored* v;
   Stored* out;
   float* lse;
+#if RAGGED
+  const int *cu_seqlens_q, *cu_seqlens_k;  // where every sequence starts, and after them where the last one ends
+#else
   const unsigned* schedule;  // under a mask: the first tile of every block, then their second ones, ...
+#endif
   unsigned long long* counters;
-  Strides q_strides, k_strides, v_strides, out_strides, lse_strides, schedule_strides;
+  Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
+#if RAGGED
+  Strides cu_seqlens_q_strides, cu_seqlens_k_strides;
+#else
+  Strides schedule_strides;
+#endif
   Problem problem;
   Operand operand;
   TensorMap q_map, k_map, v_map, out_map;
 };
 
+#if RAGGED
+enum Flash3ForwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE, COUNT_QUERY_OFFSETS, COUNT_KEY_OFFSETS };
+#else
 enum Flash3ForwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE, COUNT_SCHEDULE };
+#endif
 
 struct Barriers {
   Barrier q_full[QUERY_STAGES][CONSUMERS], q_empty[QUERY_STAGES][CONSUMERS];
@@ -104,66 +119,183 @@ class Ring {
   unsigned turn_ = 0;
 };
 
+// Rows of a sequence in an array.
+struct Rows {
+  int start, length;
+};
+
 // One query tile. The loading thread works it out and hands it on with the queries.
 struct Work {
-  int batch, head;            // KV head if heads are packed
+#if !RAGGED
+  int batch;
+#endif
+  int head;                   // KV head if heads are packed
   int row;                    // first packed row; there is none after the last tile
   int first_tile, stop_tile;  // tiles of keys that any of its rows sees
+#if RAGGED
+  Rows queries, keys;         // of its sequence
+#endif
 };
 
 constexpr int NO_ROW = -1;
-constexpr unsigned LAST_OF_BLOCK = 1u << 31;  // marks a block's last tile in the schedule
 
-DEVICE int packed_rows(const Problem& problem) { return problem.q_len * PACKED_HEADS; }
+// How many queries and keys the sequence of a tile has.
 
-DEVICE int tiles_of_matrix(const Problem& problem) { return (packed_rows(problem) + QUERY_ROWS - 1) / QUERY_ROWS; }
-
-DEVICE int tiles_of(const Problem& problem) {
-  return problem.batch * (problem.heads / PACKED_HEADS) * tiles_of_matrix(problem);
+DEVICE int query_count(const Problem& problem, const Work& work) {
+#if RAGGED
+  return work.queries.length;
+#else
+  return problem.q_len;
+#endif
 }
 
-// The query tile of this number, matrix by matrix.
-DEVICE Work work_of(const Problem& problem, int number) {
-  const int tiles = tiles_of_matrix(problem), heads = problem.heads / PACKED_HEADS;
-  const int matrix = number / tiles;
-  Work work;
-  work.batch = matrix / heads;
-  work.head = matrix - work.batch * heads;
-  work.row = (number - matrix * tiles) * QUERY_ROWS;
-  const int first = work.row / PACKED_HEADS;
-  const int last = (min(work.row + QUERY_ROWS, packed_rows(problem)) - 1) / PACKED_HEADS;
-  const int shift = problem.kv_len - problem.q_len;
+DEVICE int key_count(const Problem& problem, const Work& work) {
+#if RAGGED
+  return work.keys.length;
+#else
+  return problem.kv_len;
+#endif
+}
+
+DEVICE int packed_rows(const Problem& problem, const Work& work) { return query_count(problem, work) * PACKED_HEADS; }
+
+// Find the tiles of keys that a query tile visits.
+DEVICE void choose_keys(const Problem& problem, Work& work) {
+  const int keys = key_count(problem, work), first = work.row / PACKED_HEADS;
+  const int last = (min(work.row + QUERY_ROWS, packed_rows(problem, work)) - 1) / PACKED_HEADS;
+  const int shift = keys - query_count(problem, work);
   const int first_key = MASKED ? max(0, first + shift - problem.window_left) : 0;
-  const int stop_key = MASKED ? min(problem.kv_len, last + shift + problem.window_right + 1) : problem.kv_len;
+  const int stop_key = MASKED ? min(keys, last + shift + problem.window_right + 1) : keys;
   work.first_tile = first_key / KEY_ROWS;
   work.stop_tile = first_key < stop_key ? (stop_key + KEY_ROWS - 1) / KEY_ROWS : work.first_tile;
-  return work;
 }
+
+#if RAGGED
+
+// The query tiles of a thread block. How many there are is not known before the offsets are read: sequence i owns the
+// slots from start_i / QUERY_ROWS + i on, up to those of the next one, at least as many as it has tiles.
+class Schedule {
+ public:
+  DEVICE explicit Schedule(const Flash3ForwardParameters& parameters)
+      : parameters_(parameters),
+        query_bytes_(parameters.counters + COUNT_QUERY_OFFSETS),
+        key_bytes_(parameters.counters + COUNT_KEY_OFFSETS) {}
+
+  DEVICE Work next() {
+    const Problem& problem = parameters_.problem;
+    const int slots = problem.q_len / QUERY_ROWS + problem.batch;  // of each head
+    Work work = {};
+    while (turn_ < slots * problem.heads) {
+      work.head = turn_ / slots;
+      const int place = turn_ - work.head * slots;
+      turn_ += here(gridDim.x);
+      // The last tiles of a sequence see most keys under a causal mask.
+      const int slot = MASKED ? slots - 1 - place : place;
+      const int sequence = sequence_of(slot);
+      const int first = query_offset(sequence);
+      work.queries = rows_of(first, query_offset(sequence + 1), problem.q_len);
+      work.keys = rows_of(key_offset(sequence), key_offset(sequence + 1), problem.kv_len);
+      work.row = (slot - sequence - first / QUERY_ROWS) * QUERY_ROWS;
+      if (work.row < 0 || work.row >= work.queries.length) continue;
+      choose_keys(problem, work);
+      return work;
+    }
+    work.row = NO_ROW, work.first_tile = work.stop_tile = 0;
+    return work;
+  }
+
+  DEVICE void flush() { query_bytes_.flush(), key_bytes_.flush(); }
+
+ private:
+  // The last sequence whose slots start at a slot or before.
+  DEVICE int sequence_of(int slot) {
+    const int batch = parameters_.problem.batch;
+    int bit = 1, sequence = 0;
+    while (bit < batch) bit *= 2;
+    while (bit /= 2) {
+      const int later = sequence + bit;
+      const int offset = query_offset(min(later, batch));
+      if (later < batch && offset / QUERY_ROWS + later <= slot) sequence = later;
+    }
+    return sequence;
+  }
+
+  // Rows between two offsets, inside the array whatever they are.
+  DEVICE static Rows rows_of(int start, int stop, int rows) {
+    start = max(0, min(start, rows));
+    return {start, max(0, min(stop, rows) - start)};
+  }
+
+  DEVICE int query_offset(int sequence) { return offset(parameters_.cu_seqlens_q + sequence, query_bytes_); }
+
+  DEVICE int key_offset(int sequence) { return offset(parameters_.cu_seqlens_k + sequence, key_bytes_); }
+
+  DEVICE static int offset(const int* from, ByteCounter& counter) {
+    counter.add(4);
+    return static_cast<int>(load_4_bytes(from));
+  }
+
+  const Flash3ForwardParameters& parameters_;
+  ByteCounter query_bytes_, key_bytes_;
+  int turn_ = blockIdx.x;
+};
+
+#else
+
+constexpr unsigned LAST_OF_BLOCK = 1u << 31;  // marks a block's last tile in the schedule
 
 // The query tiles of a thread block.
 class Schedule {
  public:
-  DEVICE Work next(const Flash3ForwardParameters& parameters, ByteCounter& counter) {
-    if (MASKED ? is_last_ : turn_ >= tiles_of(parameters.problem)) return {0, 0, NO_ROW, 0, 0};
+  DEVICE explicit Schedule(const Flash3ForwardParameters& parameters)
+      : parameters_(parameters), bytes_(parameters.counters + COUNT_SCHEDULE) {}
+
+  DEVICE Work next() {
+    const Problem& problem = parameters_.problem;
+    const int heads = problem.heads / PACKED_HEADS;
+    const int tiles = (problem.q_len * PACKED_HEADS + QUERY_ROWS - 1) / QUERY_ROWS;  // of each matrix
+    if (MASKED ? is_last_ : turn_ >= problem.batch * heads * tiles) return {0, 0, NO_ROW, 0, 0};
     int number = turn_;
     if (MASKED) {
-      const unsigned word = load_4_bytes(parameters.schedule + turn_);
-      counter.add(4);
+      const unsigned word = load_4_bytes(parameters_.schedule + turn_);
+      bytes_.add(4);
       is_last_ = word & LAST_OF_BLOCK;
       number = word & ~LAST_OF_BLOCK;
     }
     turn_ += here(gridDim.x);
-    return work_of(parameters.problem, number);
+    const int matrix = number / tiles;
+    Work work;
+    work.batch = matrix / heads;
+    work.head = matrix - work.batch * heads;
+    work.row = (number - matrix * tiles) * QUERY_ROWS;
+    choose_keys(problem, work);
+    return work;
   }
 
+  DEVICE void flush() { bytes_.flush(); }
+
  private:
+  const Flash3ForwardParameters& parameters_;
+  ByteCounter bytes_;
   int turn_ = blockIdx.x;
   bool is_last_ = false;
 };
 
+#endif
+
 // load
 
 struct alignas(32) WorkPlace : Work {};
+static_assert(sizeof(WorkPlace) == 32, "places have their room");
+
+// The box from a row of a ragged array's sequence on. Its tensor map has three axes for the rows, of which the second
+// and third only move the first one: a sequence ends where the first axis does, and the address comes out right modulo
+// 2^64 (tensor_map.py). What lies behind the sequence is outside the array, whoever's it is.
+constexpr int RAGGED_ROWS = 1 << 30;
+
+DEVICE int ragged_row(const Rows& rows, int row) { return RAGGED_ROWS - rows.length + row; }
+
+DEVICE int ragged_end(const Rows& rows) { return rows.start + rows.length; }
 
 DEVICE WorkPlace* work_places(char* shared) { return reinterpret_cast<WorkPlace*>(shared + WORK_OFFSET); }
 
@@ -185,14 +317,20 @@ DEVICE void load_queries(
       continue;
     }
     arrive_expecting(full, QUERY_GROUP_BYTES);
-    const int row = work.row + group * GROUP_ROWS, position = row / PACKED_HEADS;
+    const int row = work.row + group * GROUP_ROWS;
     char* to = shared + ring.stage() * QUERY_BYTES + group * QUERY_GROUP_BYTES;
     for (int slab = 0; slab < SLABS; slab++) {
+#if RAGGED
       start_box_load(
-          to + slab * QUERY_SLAB_BYTES, &parameters.q_map, full, Reuse::ONCE, slab * SLAB_COLUMNS, 0, position,
-          work.head, work.batch);
+          to + slab * QUERY_SLAB_BYTES, &parameters.q_map, full, Reuse::ONCE, slab * SLAB_COLUMNS,
+          ragged_row(work.queries, row), ragged_end(work.queries), RAGGED_ROWS, work.head);
+#else
+      start_box_load(
+          to + slab * QUERY_SLAB_BYTES, &parameters.q_map, full, Reuse::ONCE, slab * SLAB_COLUMNS, 0,
+          row / PACKED_HEADS, work.head, work.batch);
+#endif
     }
-    counter.add(inside(GROUP_ROWS, packed_rows(problem) - row, problem.head_dim));
+    counter.add(inside(GROUP_ROWS, packed_rows(problem, work) - row, problem.head_dim));
   }
 }
 
@@ -203,17 +341,23 @@ DEVICE void load_keys(
   arrive_expecting(full, KEY_BYTES);
   const int head = PACKED_HEADS == 1 ? work.head / problem.group_size : work.head * PACKED_HEADS / problem.group_size;
   for (int slab = 0; slab < SLABS; slab++) {
+#if RAGGED
+    start_box_load(
+        shared + slab * KEY_SLAB_BYTES, map, full, Reuse::OFTEN, slab * SLAB_COLUMNS,
+        ragged_row(work.keys, tile * KEY_ROWS), ragged_end(work.keys), RAGGED_ROWS, head);
+#else
     start_box_load(
         shared + slab * KEY_SLAB_BYTES, map, full, Reuse::OFTEN, slab * SLAB_COLUMNS, tile * KEY_ROWS, head,
         work.batch);
+#endif
   }
-  counter.add(inside(KEY_ROWS, problem.kv_len - tile * KEY_ROWS, columns));
+  counter.add(inside(KEY_ROWS, key_count(problem, work) - tile * KEY_ROWS, columns));
 }
 
 DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters) {
   const Problem& problem = parameters.problem;
   ByteCounter q_bytes(parameters.counters + COUNT_Q), k_bytes(parameters.counters + COUNT_K);
-  ByteCounter v_bytes(parameters.counters + COUNT_V), schedule_bytes(parameters.counters + COUNT_SCHEDULE);
+  ByteCounter v_bytes(parameters.counters + COUNT_V);
   Ring<QUERY_STAGES> queries;
   Ring<KEY_STAGES> keys;
   Ring<VALUE_STAGES> values;
@@ -230,10 +374,10 @@ DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters
         v_bytes);
     values.advance();
   };
-  Schedule schedule;
+  Schedule schedule(parameters);
   Work work;
   do {
-    work = schedule.next(parameters, schedule_bytes);
+    work = schedule.next();
     if (work.first_tile < work.stop_tile) load_k(work, work.first_tile);
     load_queries(shared, barriers, parameters, work, queries, q_bytes);
     queries.advance();
@@ -242,7 +386,7 @@ DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters
       load_v(work, tile);
     }
   } while (work.row != NO_ROW);
-  q_bytes.flush(), k_bytes.flush(), v_bytes.flush(), schedule_bytes.flush();
+  q_bytes.flush(), k_bytes.flush(), v_bytes.flush(), schedule.flush();
 }
 
 // compute
@@ -273,12 +417,12 @@ struct SoftmaxState {
 // Which keys the rows of a query tile see.
 class Sight {
  public:
-  DEVICE Sight(const Problem& problem, int packed_row) : problem_(problem), row_(packed_row) {}
+  DEVICE Sight(const Problem& problem, const Work& work) : problem_(problem), work_(work) {}
 
   // Of a row of the tile.
   DEVICE int first_key(int row) const { return position(row) - problem_.window_left; }
   DEVICE int stop_key(int row) const {
-    return MASKED ? min(problem_.kv_len, position(row) + problem_.window_right + 1) : problem_.kv_len;
+    return MASKED ? min(keys(), position(row) + problem_.window_right + 1) : keys();
   }
 
   // Tiles of keys before the first and from the second on hide keys from rows of the tile.
@@ -289,11 +433,15 @@ class Sight {
   DEVICE bool hides(int tile) const { return tile < first_whole() || tile >= stop_whole(); }
 
  private:
+  DEVICE int keys() const { return key_count(problem_, work_); }
+
   // Key at which a row stands.
-  DEVICE int position(int row) const { return (row_ + row) / PACKED_HEADS + problem_.kv_len - problem_.q_len; }
+  DEVICE int position(int row) const {
+    return (work_.row + row) / PACKED_HEADS + keys() - query_count(problem_, work_);
+  }
 
   const Problem& problem_;
-  int row_;
+  const Work& work_;
 };
 
 // Hide the keys of a tile that rows do not see.
@@ -471,11 +619,15 @@ DEVICE void finish(
     sum = __fadd_rn(sum, shuffle_xor(sum, 2));
     inverse[row] = sum == 0.0f ? 0.0f : reciprocal_approximate(sum);
     const int packed = group_row + place.row + 8 * row, position = packed / PACKED_HEADS;
-    if (place.quad == 0 && position < problem.q_len) {
+    if (place.quad == 0 && position < query_count(problem, work)) {
       const int head = work.head * PACKED_HEADS + packed % PACKED_HEADS;
       const float reference = reference_of(state.row_max[row], problem.scale_log2);
       const float logarithm = __fmul_rn(__fmaf_rn(reference, problem.scale_log2, log2_approximate(sum)), 0x1.62e43p-1f);
+#if RAGGED
+      float* lse = row_of(parameters.lse, parameters.lse_strides, 0, head, work.queries.start + position);
+#else
       float* lse = row_of(parameters.lse, parameters.lse_strides, work.batch, head, position);
+#endif
       lse_bytes.add(4);
       store_4_bytes(lse, bits_of_float(sum == 0.0f ? -infinity() : logarithm));
     }
@@ -500,12 +652,18 @@ DEVICE void finish(
   const int warp_row = group_row + place.warp * WARP_ROWS;
   if (place.lane == 0) {
     for (int slab = 0; slab < SLABS; slab++) {
+#if RAGGED
+      start_box_store(
+          &parameters.out_map, rows + slab * QUERY_SLAB_BYTES, slab * SLAB_COLUMNS,
+          ragged_row(work.queries, warp_row), ragged_end(work.queries), RAGGED_ROWS, work.head);
+#else
       start_box_store(
           &parameters.out_map, rows + slab * QUERY_SLAB_BYTES, slab * SLAB_COLUMNS, warp_row % PACKED_HEADS,
           warp_row / PACKED_HEADS, work.head, work.batch);
+#endif
     }
     commit_stores();
-    out_bytes.add(inside(WARP_ROWS, packed_rows(problem) - warp_row, problem.value_dim));
+    out_bytes.add(inside(WARP_ROWS, packed_rows(problem, work) - warp_row, problem.value_dim));
     wait_for_store_reads<0>();
   }
   __syncwarp();
@@ -533,8 +691,13 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     wait(&barriers->q_full[queries.stage()][group], queries.parity());
     const Work work = work_places(shared)[queries.stage()];
     // The same in all lanes, as the compiler would not know.
+#if RAGGED
+    return {first_lane(work.head), first_lane(work.row), first_lane(work.first_tile), first_lane(work.stop_tile),
+            {0, first_lane(work.queries.length)}, {0, first_lane(work.keys.length)}};
+#else
     return {first_lane(work.batch), first_lane(work.head), first_lane(work.row), first_lane(work.first_tile),
             first_lane(work.stop_tile)};
+#endif
   };
   const auto start_next_scores = [&](float (&scores)[SCORES]) {
     fence_products();
@@ -603,7 +766,7 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     }
     float out[OUTPUTS], scores[SCORES];
     unsigned probabilities[SCORES / 2];
-    const Sight sight(problem, work.row);
+    const Sight sight(problem, work);
     wait(&barriers->k_full[keys.stage()], keys.parity());
     start_next_scores(scores);
     // Looked at while the products are under way

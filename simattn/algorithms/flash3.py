@@ -105,6 +105,44 @@ def closed_form_forward(problem: AttentionProblem, plan: Flash3Plan) -> Traffic:
 
 closed_form_backward = flash2.closed_form_backward
 
+
+def ragged_slots(rows: int, sequences: int, tile_rows: int) -> int:
+    """Return the places for query tiles of a head, of sequences with lengths of their own.
+
+    Sequence i, whose first row is s_i, owns the places from ⌊s_i / tile_rows⌋ + i on up to those of the next one. These
+    are at least as many as it has tiles, and how many there are in all is known without the lengths.
+
+    Parameters
+    ----------
+    rows
+        Queries of all sequences together.
+    sequences
+        How many there are.
+    tile_rows
+        Query rows of a tile.
+    """
+    return rows // tile_rows + sequences
+
+
+def ragged_metadata_bytes(rows: int, sequences: int, heads: int, tile_rows: int) -> int:
+    """Return the bytes of sequence offsets that a launch over such sequences reads, which count as metadata.
+
+    For each place of each head: one offset of four bytes for every step of a binary search among the sequences, then
+    first and last row of the queries and of the keys. All other traffic is the sum of that of the single sequences.
+
+    Parameters
+    ----------
+    rows, sequences, tile_rows
+        As for :func:`ragged_slots`.
+    heads
+        Query heads.
+    """
+    if rows == 0:
+        return 0
+    search = (sequences - 1).bit_length()
+    return ragged_slots(rows, sequences, tile_rows) * heads * (search + 4) * 4
+
+
 # Plans
 
 FORWARD_TILES = {64: (192, 128), 96: (128, 128), 128: (192, 80), 192: (128, 112), 256: (128, 80)}

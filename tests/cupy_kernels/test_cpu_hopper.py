@@ -205,7 +205,7 @@ FLASH3_FAULTS = {
     "registers that there are not": (KERNEL, "(shrink_registers<PRODUCER_REGISTERS)>", r"\1 + 40>"),
     "hidden keys that matter": (KERNEL, r"scores\[i\] = seen \?", "scores[i] = true ?"),
     "hidden values that matter": (KERNEL, r"if \(!MASKED \|\| !sight\.hides\(tile\)\) return false;", "return false;"),
-    "statistics past the end": (KERNEL, r" && position < problem\.q_len", ""),
+    "statistics past the end": (KERNEL, r" && position < query_count\(problem, work\)", ""),
     "queries not counted": (KERNEL, r"counter\.add\(inside\(GROUP_ROWS.*", ""),
     "query tiles of other blocks": (KERNEL, r"turn_ \+= .*;", "turn_ += 1;"),
 }  # fmt: skip
