@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from cupy_kernels import CompileError, compiler, table
 from cupy_kernels import __main__ as command_line
 from cupy_kernels.compiler import Variant, cache_directory, check_architecture, choose_architecture, compile_variant
+from simattn.hardware import get_hardware
 
 
 def why_no_nvrtc():
@@ -342,7 +344,8 @@ def test_importing_the_compiler_imports_no_cupy():
 def test_every_kernel_compiles_without_spills_or_warnings(architecture, request, monkeypatch):
     directory = request.config.cache.mkdir("cubins")  # a run after a change compiles what changed
     done = warmup("--arch", architecture, "--json", CUPY_KERNELS_CACHE_DIR=str(directory))
-    rows, kernels = json.loads(done.stdout), table.default_kernels()
+    gpu = replace(get_hardware("H100-SXM"), compute_capability=compiler.capability_of(architecture))
+    rows, kernels = json.loads(done.stdout), table.default_kernels(gpu)
     assert len(rows) == len(kernels)
     assert {row["kernel"] for row in rows} == {kernel.function for kernel in kernels}
     for row in rows:
@@ -385,7 +388,8 @@ def test_the_fast_build_has_no_trace_of_counting(tmp_path, monkeypatch):
             for directory in (compiler.KERNEL_DIRECTORY, bare):
                 with monkeypatch.context() as patch:
                     patch.setattr(compiler, "KERNEL_DIRECTORY", directory)
-                    cubin = compile_variant(kernel.variant(count_traffic=counting), "sm_80")
+                    architecture = "sm_90a" if kernel.boxes else "sm_80"
+                    cubin = compile_variant(kernel.variant(count_traffic=counting), architecture)
                 made[counting, directory == bare] = cubin.path.read_bytes()
         assert made[False, False] == made[False, True], kernel.function
         assert made[True, False] != made[True, True], kernel.function
