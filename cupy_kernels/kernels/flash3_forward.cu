@@ -2,9 +2,10 @@
 // simattn/algorithms/flash3.py: each thread block keeps one query tile and its output on chip and streams the keys and
 // values past it.
 //
-// One warp loads: queries, keys and values arrive in shared memory by TMA, each through a ring of tiles. Warpgroups of 64 query rows compute. While the exponentials of one tile of keys are taken, the tensor
-// cores work on the scores of the next one and on the output of the one before; with TAKE_TURNS the warpgroups issue
-// their products one after the other, so that one's exponentials fall into another's products.
+// One warp loads: queries, keys and values arrive in shared memory by TMA, each through a ring of tiles. Warpgroups of 64
+// query rows compute. While the exponentials of one tile of keys are taken, the tensor cores work on the scores of the
+// next one and on the output of the one before; with TAKE_TURNS the warpgroups issue their products one after the other,
+// so that one's exponentials fall into another's products.
 //
 // The order of every sum is fixed; the tile of keys is the only size it depends on:
 //   scores   one chain of fused dot products of 16 columns per element, columns ascending
