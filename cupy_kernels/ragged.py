@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from simattn.problem import AttentionProblem
 
@@ -17,6 +17,14 @@ class RaggedProblem(AttentionProblem):
 
     ``batch`` is their number, ``q_len`` and ``kv_len`` are the rows of all of them together. Masks are each sequence's.
     """
+
+    @classmethod
+    def of(cls, problem: AttentionProblem, lengths: Sequence[tuple[int, int]]) -> RaggedProblem:
+        """Return the problem of sequences of so many queries and keys, like a given one otherwise."""
+        given = {item.name: getattr(problem, item.name) for item in fields(AttentionProblem)}
+        given |= {"batch": len(lengths), "block_mask": None}
+        given |= {"q_len": sum(queries for queries, _ in lengths), "kv_len": sum(keys for _, keys in lengths)}
+        return cls(**given)
 
     @property
     def average(self) -> AttentionProblem:

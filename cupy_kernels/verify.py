@@ -39,9 +39,11 @@ from cupy_kernels.arrays import require_cupy
 from cupy_kernels.compiler import Variant
 from cupy_kernels.gradients import grouping
 from cupy_kernels.parameters import column_bucket
-from cupy_kernels.program import SQUARE_ROW_MULTIPLE
+from cupy_kernels.program import SEQUENCE_OFFSETS, SQUARE_ROW_MULTIPLE
+from cupy_kernels.ragged import OFFSETS, RaggedProblem, offsets_of
 from cupy_kernels.table import ALGORITHMS, default_plan, make_program
 from simattn import AttentionProblem, Tiles, Traffic, run, run_backward
+from simattn.algorithms.flash3 import ragged_metadata_bytes
 from simattn.arithmetic.formats import numpy_dtype
 from simattn.hardware import get_hardware
 from simattn.plan import Direction, Plan
@@ -68,6 +70,9 @@ PACKED_HEADS = (1, 2, 4, 8)
 
 LONGEST = 300
 """Most rows of a sequence: a few tiles."""
+
+MOST_SEQUENCES = 6
+"""Sequences of a problem whose sequences have lengths of their own, at most."""
 
 CHUNK = 50
 """Problems that are simulated and compared at a time."""
@@ -128,6 +133,8 @@ class Case:
         q, k and v, and dout of a backward case.
     layouts
         Of the inputs.
+    lengths
+        Queries and keys of every sequence of a :class:`RaggedProblem`, whose inputs have a batch axis of length 1.
     """
 
     algorithm: str
@@ -136,6 +143,28 @@ class Case:
     plan: Plan
     inputs: Inputs
     layouts: dict[str, Layout]
+    lengths: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def offsets(self) -> dict[str, Values]:
+        """Where the sequences start, and the last one ends, by name of the array; nothing if all have one length."""
+        if self.lengths is None:
+            return {}
+        return {
+            name: np.array(offsets_of([pair[side] for pair in self.lengths]), np.int32)
+            for side, name in enumerate(OFFSETS)
+        }
+
+    def sequences(self) -> Iterator[Case]:
+        """Yield every sequence as a case of its own."""
+        assert self.lengths is not None
+        assert isinstance(self.problem, RaggedProblem)
+        q_starts, k_starts = (array.tolist() for array in self.offsets.values())
+        for queries, keys, q_start, k_start in zip(*zip(*self.lengths, strict=True), q_starts, k_starts, strict=False):
+            rows = {"q": slice(q_start, q_start + queries)}
+            rows |= dict.fromkeys("kv", slice(k_start, k_start + keys))
+            inputs = {name: array[:, rows[name]] for name, array in self.inputs.items()}
+            yield replace(self, problem=self.problem.sequence(queries, keys), inputs=inputs, layouts={}, lengths=None)
 
     @property
     def repeats(self) -> frozenset[str]:
@@ -156,6 +185,7 @@ class Expected:
     results: dict[str, Values]
     saved: dict[str, Values]
     traffic: Traffic
+    offset_bytes: int = 0  # read of the offsets of sequences
 
 
 @st.composite
@@ -177,7 +207,8 @@ def plans(draw: st.DrawFn, problem: AttentionProblem, algorithm: str, direction:
     plan = default_plan(problem, algorithm=algorithm, direction=direction, deterministic=deterministic)
     changes: dict[str, Any] = {}
     if hasattr(plan, "packed_heads"):
-        sizes = [size for size in PACKED_HEADS if problem.group_size % size == 0]
+        most = 1 if isinstance(problem, RaggedProblem) else problem.group_size
+        sizes = [size for size in PACKED_HEADS if most % size == 0]
         changes["packed_heads"] = draw(st.sampled_from(sizes))
         plan = replace(plan, **changes)
     if column_bucket(problem) not in OTHER_PLANS_COLUMNS:
@@ -236,9 +267,18 @@ def cases(
             block_sparse=False,
         )
     )
+    lengths = None
+    if direction in ALGORITHMS[algorithm].ragged and draw(st.integers(0, 2)) == 0:
+        length = st.one_of(st.sampled_from((0, 1)), st.integers(0, max_len))
+        lengths = tuple(draw(st.lists(st.tuples(length, length), min_size=1, max_size=MOST_SEQUENCES)))
+        problem = RaggedProblem.of(problem, lengths)
     plan = draw(plans(problem, algorithm, direction))
-    is_backward = direction == "backward"
-    inputs = draw(attention_inputs(problem, backward=is_backward, hidden_is_finite=draw(st.booleans())))
+    is_backward, hidden_is_finite = direction == "backward", draw(st.booleans())
+    if isinstance(problem, RaggedProblem) and lengths is not None:
+        parts = [draw(attention_inputs(problem.sequence(*pair), hidden_is_finite=hidden_is_finite)) for pair in lengths]
+        inputs = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+    else:
+        inputs = draw(attention_inputs(problem, backward=is_backward, hidden_is_finite=hidden_is_finite))
     if draw(st.integers(0, 3)) == 0:
         generator = np.random.default_rng(special_places)
         for array in inputs.values():
@@ -250,7 +290,7 @@ def cases(
         step.kernel.boxes for step in make_program(algorithm, direction, problem, plan, DEFAULT_HARDWARE).steps
     )
     drawn_layouts = {name: draw(layouts(may_reverse=may_reverse)) for name in inputs}
-    return Case(algorithm, direction, problem, plan, inputs, drawn_layouts)
+    return Case(algorithm, direction, problem, plan, inputs, drawn_layouts, lengths)
 
 
 def random_case(
@@ -321,7 +361,9 @@ def draw_case(number: int, index: int, longest: int = LONGEST, **options: Any) -
 
 
 def simulate(case: Case) -> Expected:
-    """Run a case on the simulated machine, a backward case after its forward pass."""
+    """Run a case on the simulated machine, a backward case after its forward pass, sequences one after the other."""
+    if case.lengths is not None:
+        return _simulate_sequences(case)
     problem, arrays = case.problem, [case.inputs[name] for name in "qkv"]
     options: dict[str, Any] = {"scale": problem.scale, "causal": problem.causal, "window": problem.window}
     arithmetic_of = ALGORITHMS[case.algorithm].arithmetic
@@ -338,6 +380,21 @@ def simulate(case: Case) -> Expected:
     else:
         saved = {}
     return Expected({name: getattr(done, name) for name in RESULTS[case.direction]}, saved, done.traffic.global_only())
+
+
+def _simulate_sequences(case: Case) -> Expected:
+    """Return the results of all sequences, each simulated alone."""
+    single = [simulate(sequence) for sequence in case.sequences()]
+    results = {
+        "out": np.concatenate([one.results["out"][0] for one in single]),
+        "lse": np.concatenate([one.results["lse"][0] for one in single], axis=1),
+    }
+    traffic = Traffic()
+    for one in single:
+        traffic = traffic + one.traffic
+    problem = case.problem
+    read = ragged_metadata_bytes(problem.q_len, problem.batch, problem.heads, case.plan.tiles.q)
+    return Expected(results, {}, traffic, read)
 
 
 def variants_of_chunk(number: int, first: int, stop: int, longest: int) -> set[Variant]:
@@ -424,6 +481,7 @@ def compare(case: Case, expected: Expected) -> dict[str, int]:
             with count_traffic() as counted:
                 call(case, arrays, saved, results)
             tally["differing_counts"] += differing_counts(counted.traffic, expected.traffic)
+            tally["differing_counts"] += counted.metadata.get(SEQUENCE_OFFSETS, 0) != expected.offset_bytes
         else:
             call(case, arrays, saved, results)
         for name, wanted in expected.results.items():
@@ -447,6 +505,9 @@ def call(case: Case, arrays: dict[str, Any], saved: dict[str, Any], results: dic
         "algorithm": case.algorithm,
         "plan": case.plan,
     }
+    if case.lengths is not None:
+        given = [array[0] for array in given]
+        options |= {name: require_cupy().asarray(offsets) for name, offsets in case.offsets.items()}
     if case.direction == "forward":
         attention(*given, **options, return_lse=True, out=(results["out"].array, results["lse"].array))
     else:
@@ -510,7 +571,8 @@ class Tally:
 def describe(case: Case) -> str:
     """Return a case in one line."""
     layouts_text = ", ".join(f"{name}={layout}" for name, layout in case.layouts.items())
-    return f"{case.algorithm} {case.direction} {case.problem} {case.plan} {layouts_text}"
+    lengths = "" if case.lengths is None else f" lengths={case.lengths}"
+    return f"{case.algorithm} {case.direction} {case.problem} {case.plan} {layouts_text}{lengths}"
 
 
 def environment() -> dict[str, Any]:
