@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from budgets import rounding_floors
@@ -23,6 +25,7 @@ from cupy_kernels import (
     verify,
     workspace_bytes,
 )
+from cupy_kernels.ragged import RaggedProblem
 from simattn import AttentionProblem, count, run, run_backward
 from simattn.arithmetic.formats import numpy_dtype
 from simattn.testing import (
@@ -305,6 +308,54 @@ def test_a_call_can_be_captured_in_a_graph(cupy, return_lse):
     assert_same_bits(verify.from_device(out), expected.out)
     if return_lse:
         assert_same_bits(verify.from_device(lse), expected.lse)
+
+
+def ragged_case(lengths, *, number=0, **shape):
+    """Return sequences of these lengths with inputs from N(0, 1), or skip where flash3 does not run."""
+    skip_unless_taken("flash3", "bfloat16")
+    problem = RaggedProblem.of(AttentionProblem(q_len=0, heads=4, kv_heads=2, **shape), lengths)
+    plan = default_plan(problem, algorithm="flash3")
+    inputs = verify.random_case("flash3", "forward", replace(problem, batch=1), plan=plan, number=number).inputs
+    return verify.Case("flash3", "forward", problem, plan, inputs, {}, tuple(lengths))
+
+
+def ragged_arguments(case):
+    cupy = arrays.require_cupy()
+    given = {name: verify.on_device(values)[0] for name, values in case.inputs.items()}
+    return given | {name: cupy.asarray(offsets) for name, offsets in case.offsets.items()}
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (70, 10)}])
+def test_sequences_of_different_lengths(head_dim, mask):
+    case = ragged_case([(300, 500), (0, 7), (1, 1), (9, 0), (513, 200), (64, 64)], head_dim=head_dim, **mask)
+    found = verify.compare(case, verify.simulate(case))
+    assert {name: value for name, value in found.items() if name != "elements"} == {
+        "differing_elements": 0,
+        "differing_counts": 0,
+        "written_outside": 0,
+    }
+
+
+def test_a_captured_graph_takes_other_lengths(cupy):
+    first = ragged_case([(300, 500), (0, 7), (64, 64)], causal=True)
+    other = ragged_case([(1, 70), (299, 1), (64, 500)], causal=True, number=1)
+    given, expected = ragged_arguments(first), verify.simulate(other).results
+    results = cupy.empty(expected["out"].shape, given["q"].dtype), cupy.empty(expected["lse"].shape, np.float32)
+    options = {"causal": True, "algorithm": "flash3", "return_lse": True, "out": results}
+    attention(**given, **options)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        attention(**given, **options)
+        graph = stream.end_capture()
+    for name, array in ragged_arguments(other).items():
+        given[name].view(f"u{array.itemsize}")[...] = array.view(f"u{array.itemsize}")
+    cupy.cuda.Device().synchronize()
+    graph.launch(stream)
+    stream.synchronize()
+    for name, found in zip(("out", "lse"), results, strict=True):
+        assert_same_bits(verify.from_device(found), expected[name], name=name)
 
 
 @pytest.mark.parametrize("algorithm", BACKWARD)
