@@ -19,7 +19,10 @@ THREAD_MULTIPLE, MOST_THREADS = 64, 256
 MOST_NUMBERS = 192
 """Scores and outputs that a thread keeps in its registers beside operands and addresses."""
 
-NUMBERS_BESIDE_QUERIES, MOST_RESIDENT_STEPS = 176, 8
+MOST_STAGES = {128: 1}
+"""Tiles of keys and values in shared memory, by column bucket, where two are slower than one or leave no registers."""
+
+NUMBERS_BESIDE_QUERIES, MOST_RESIDENT_STEPS = 168, 8
 """The same with queries, which it keeps if there is room, and how many steps of them at most."""
 
 NARROW_VALUES = {192: 128}
@@ -89,10 +92,12 @@ class TensorTiles:
                 f"plan.tiles.q={tiles.q}: the kernel takes query rows in multiples of {multiple} up to "
                 f"{MOST_THREADS // 32 * warp_rows}"
             )
-        room = max(0, NUMBERS_BESIDE_QUERIES - numbers)
-        resident_steps = min(columns // STEP, MOST_RESIDENT_STEPS, room * 4 // warp_rows)
+        steps, room = columns // STEP, max(0, NUMBERS_BESIDE_QUERIES - numbers)
+        resident_steps = min(steps, MOST_RESIDENT_STEPS, room * 4 // warp_rows)
+        if warp_rows > STEP and resident_steps < steps:
+            resident_steps = 0  # a few of a wide warp's take registers and save little
         for blocks in range(max(1, MOST_THREADS // threads), 0, -1):
-            for stages in (2, 1):
+            for stages in range(MOST_STAGES.get(columns, 2), 0, -1):
                 made = cls(
                     columns=columns,
                     value_columns=value_columns,

@@ -12,8 +12,8 @@
 //
 // Macros:
 //   STORAGE         float16 or bfloat16
-//   COLUMNS         smallest of 16, 32, 64, 96, 128, 192, 256 that holds head_dim
-//   VALUE_COLUMNS   and value_dim
+//   COLUMNS         smallest of 16, 32, 64, 96, 128, 192, 256 that holds head_dim and value_dim
+//   VALUE_COLUMNS   the same, or fewer that hold value_dim
 //   QUERY_ROWS      query rows of a thread block's tile
 //   KEY_ROWS        keys of a tile, a multiple of 16; sets the order of sums
 //   WARP_ROWS       query rows of a warp, a multiple of 16
@@ -36,7 +36,7 @@ constexpr int KEY_PAIRS = KEY_ROWS / 16;           // pairs of tiles of 8 keys; 
 constexpr int STEPS = COLUMNS / STEP;              // of the first product
 constexpr int VALUE_PAIRS = VALUE_COLUMNS / 16;    // pairs of tiles of 8 columns of the output
 
-constexpr bool SKIPS_CORRECTIONS = VALUE_COLUMNS >= 3 * KEY_ROWS;
+constexpr bool SKIPS_CORRECTIONS = STAGES == 1 && VALUE_COLUMNS >= 3 * KEY_ROWS;
 
 using QueryTile = MatrixTile<QUERY_ROWS, COLUMNS>;
 using KeyTile = MatrixTile<KEY_ROWS, COLUMNS>;
@@ -483,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       } else {
         __syncthreads();  // this tile is there, and the one before has been read
       }
-      if (next < stop_tile) load_keys(next);
+      if (next < stop_tile) load_keys(next), load_values(next);
     } else {
       __syncthreads();  // K is there, and V has been read
       load_values(tile);
@@ -496,10 +496,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       if (MASKED) hide(scores, band, key);
       update_softmax(state, probabilities, scores, problem.scale_log2);
     }
-    // load
-    if (STAGES == 2) {
-      if (next < stop_tile) load_values(next);
-    } else {
+    if (STAGES == 1) {
+      // load
       wait_for_copies<0>();
       if (MASKED) {
         special = synchronise_any(holds_special(v_tile(tile)));
@@ -507,8 +505,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         __syncthreads();  // V is there, and K has been read
       }
       if (next < stop_tile) load_keys(next);
+      commit_copies();
     }
-    commit_copies();
     // compute
     if (seen) {
       if (MASKED && special) {
