@@ -2,9 +2,9 @@
 // products of a warpgroup, registers that change hands.
 //
 // Addresses, swizzles and descriptors are decoded to the byte. Copies and products complete as early or as late as they
-// may: at their start, or when nothing else can go on (copies to shared memory) or at the wait that needs them
-// (products, which read registers and shared memory then, and copies from shared memory); in random order by chance in
-// between. What is under way is NaN: destinations of copies, sums of products. What is checked: barriers used before
+// may: at their start, or when a thread waits for them and none can run (copies to shared memory), or at the wait that
+// needs them (products, which read registers and shared memory then, and copies from shared memory); in random order by
+// chance in between. What is under way is NaN: destinations of copies, sums of products. What is checked: barriers used before
 // they are initialised and published, too many arrivals, bytes that were not expected, boxes beside an array or not
 // aligned, stored matrices that were not published to whoever reads them, products that not all of a warpgroup starts,
 // that were not fenced off from their registers, or whose sums are touched, counts of threads at named barriers,
