@@ -777,7 +777,7 @@ def test_groups_are_summed_as_the_plan_says(kernels):
 
 def test_gradients_go_where_they_are_asked_to(kernels):
     given, saved = backward_arrays()
-    made = tuple(np.empty_like(given[name]) for name in "qkv")
+    made = tuple(np.zeros_like(given[name]) for name in "qkv")
     found = attention_backward(**given, saved=saved, gradients=made)
     assert all(one is other for one, other in zip(found, made, strict=True))
     kernels.launches.clear()
