@@ -636,6 +636,11 @@ def precompile(pool: ProcessPoolExecutor, variants: set[Variant], architecture: 
             raise RuntimeError(made.error)
 
 
+def _take_one_core() -> None:
+    """Compute in one thread: there are as many workers as cores."""
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+
 def _work(
     number: int, longest: int, first: int, stop: int, processes: int, architecture: str
 ) -> Iterator[list[tuple[Case, Expected]]]:
@@ -643,10 +648,9 @@ def _work(
 
     The pool first compiles the kernels into the cache.
     """
-    os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # of the workers, which are as many as there are cores
     context = multiprocessing.get_context("spawn")  # a fork would take over the CUDA context
     chunks = [(at, min(stop, at + CHUNK)) for at in range(first, stop, CHUNK)]
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_take_one_core) as pool:
         try:
             drawn = [pool.submit(variants_of_chunk, number, *chunk, longest) for chunk in chunks]
             variants: set[Variant] = set().union(*(future.result() for future in drawn))
