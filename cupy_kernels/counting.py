@@ -30,10 +30,10 @@ def traffic_of(counters: Sequence[Counter], numbers: Sequence[int]) -> Traffic:
 
 
 def metadata_of(counters: Sequence[Counter], numbers: Sequence[int]) -> dict[str, int]:
-    """Return the bytes that numbers count of what kernels read to know what to do, by array."""
+    """Return the bytes that numbers count of what is no part of the traffic, by name, without names that have none."""
     total: dict[str, int] = {}
     for (array, counter), number in zip(counters, numbers, strict=True):
-        if counter == METADATA:
+        if counter == METADATA and number:
             total[array] = total.get(array, 0) + number
     return total
 
@@ -77,10 +77,11 @@ class CountedTraffic:
 
     @property
     def metadata(self) -> dict[str, int]:
-        """Bytes read so far to know what to do, by array; they are no part of ``traffic``. Waits as that does.
+        """Bytes read so far that are no part of ``traffic``, by what for. Waits as that does.
 
         "schedule" are the words that tell thread blocks their tiles, "sequence_offsets" those of ``cu_seqlens_q`` and
-        ``cu_seqlens_k``.
+        ``cu_seqlens_k``, "repaired_rows" what was read again of q, k and v for rows that infinite or NaN values of
+        hidden keys got into.
         """
         total: dict[str, int] = {}
         found = [metadata_of(counters, numbers) for counters, numbers in self._numbers()]

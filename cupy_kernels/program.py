@@ -158,6 +158,8 @@ class Kernel:
         Whether it copies the rows of all matrices in chunks of 16 bytes.
     units
         What it multiplies matrices by.
+    also_counted
+        What it counts the bytes of besides its accesses, as metadata.
     """
 
     source: str
@@ -169,6 +171,7 @@ class Kernel:
     boxes: tuple[Boxes, ...] = ()
     takes_chunks: bool = False
     units: Units = "CUDA cores"
+    also_counted: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -261,10 +264,13 @@ class Program:
                 return SEQUENCE_OFFSETS, METADATA
             return array.name, METADATA if array.role == "table" else COUNTERS[access]
 
-        return tuple(
-            counter(self.array[array], access)
-            for array, (_, accesses) in zip(step.arrays, step.kernel.accesses, strict=True)
-            for access in accesses
+        return (
+            *(
+                counter(self.array[array], access)
+                for array, (_, accesses) in zip(step.arrays, step.kernel.accesses, strict=True)
+                for access in accesses
+            ),
+            *((name, METADATA) for name in step.kernel.also_counted),
         )
 
     def with_role(self, *roles: Role) -> tuple[Array, ...]:

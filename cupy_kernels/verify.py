@@ -94,7 +94,9 @@ SPECIAL_VALUES = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, -1e-40, 65504.0)
 RESULTS: dict[Direction, tuple[str, ...]] = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv")}
 """What is compared, by direction."""
 
-PROGRAMS = tuple((name, direction) for name, item in ALGORITHMS.items() for direction in item.programs)
+ProgramName = tuple[str, Direction]
+
+PROGRAMS: tuple[ProgramName, ...] = tuple((name, direction) for name, item in ALGORITHMS.items() for direction in item.programs)
 """Every algorithm and direction that there are kernels for."""
 
 # Cases
@@ -321,7 +323,14 @@ def random_case(
     return Case(algorithm, direction, problem, chosen, inputs, {name: Layout() for name in inputs})
 
 
-def draw_case(number: int, index: int, longest: int = LONGEST, **options: Any) -> Case:
+def programs_of(algorithms: Sequence[str]) -> tuple[ProgramName, ...]:
+    """Return the algorithms and directions that there are kernels for, of some algorithms."""
+    return tuple(one for one in PROGRAMS if one[0] in algorithms)
+
+
+def draw_case(
+    number: int, index: int, longest: int = LONGEST, programs: Sequence[ProgramName] = PROGRAMS, **options: Any
+) -> Case:
     """Return a case, which depends on the arguments and the version of hypothesis alone.
 
     Parameters
@@ -332,12 +341,14 @@ def draw_case(number: int, index: int, longest: int = LONGEST, **options: Any) -
         Which of its cases.
     longest
         Most rows of a sequence.
+    programs
+        Algorithms and directions that cases have in turn, without options.
     **options
-        As for :func:`cases`; default: the programs in turn.
+        As for :func:`cases`.
     """
     drawn: list[Case] = []
     if not options:
-        algorithm, direction = PROGRAMS[index % len(PROGRAMS)]
+        algorithm, direction = programs[index % len(programs)]
         options = {"algorithms": (algorithm,), "directions": (direction,)}
 
     @seed(f"{number} {index}")
@@ -397,20 +408,24 @@ def _simulate_sequences(case: Case) -> Expected:
     return Expected(results, {}, traffic, read)
 
 
-def variants_of_chunk(number: int, first: int, stop: int, longest: int) -> set[Variant]:
+def variants_of_chunk(
+    number: int, first: int, stop: int, longest: int, programs: Sequence[ProgramName] = PROGRAMS
+) -> set[Variant]:
     """Return the kernels that cases ``first … stop - 1`` run."""
     found: set[Variant] = set()
     for index in range(first, stop):
-        case = draw_case(number, index, longest)
+        case = draw_case(number, index, longest, programs)
         program = make_program(case.algorithm, case.direction, case.problem, case.plan, DEFAULT_HARDWARE)
         for step in program.steps:
             found |= {step.kernel.variant(count_traffic=counting) for counting in (False, True)}
     return found
 
 
-def simulated_chunk(number: int, first: int, stop: int, longest: int) -> list[tuple[Case, Expected]]:
+def simulated_chunk(
+    number: int, first: int, stop: int, longest: int, programs: Sequence[ProgramName]
+) -> list[tuple[Case, Expected]]:
     """Draw cases ``first … stop - 1`` and run them on the simulated machine; the work of a process of the pool."""
-    drawn = [draw_case(number, index, longest) for index in range(first, stop)]
+    drawn = [draw_case(number, index, longest, programs) for index in range(first, stop)]
     return [(case, simulate(case)) for case in drawn]
 
 
@@ -642,7 +657,13 @@ def _take_one_core() -> None:
 
 
 def _work(
-    number: int, longest: int, first: int, stop: int, processes: int, architecture: str
+    number: int,
+    longest: int,
+    programs: Sequence[ProgramName],
+    first: int,
+    stop: int,
+    processes: int,
+    architecture: str,
 ) -> Iterator[list[tuple[Case, Expected]]]:
     """Yield the cases ``first … stop - 1`` in order, in chunks, simulated by a pool that keeps a few ahead.
 
@@ -652,13 +673,13 @@ def _work(
     chunks = [(at, min(stop, at + CHUNK)) for at in range(first, stop, CHUNK)]
     with ProcessPoolExecutor(processes, context, initializer=_take_one_core) as pool:
         try:
-            drawn = [pool.submit(variants_of_chunk, number, *chunk, longest) for chunk in chunks]
+            drawn = [pool.submit(variants_of_chunk, number, *chunk, longest, programs) for chunk in chunks]
             variants: set[Variant] = set().union(*(future.result() for future in drawn))
             precompile(pool, variants, architecture)
             waiting: list[Future[list[tuple[Case, Expected]]]] = []
             while chunks or waiting:
                 while chunks and len(waiting) < 2 * processes:
-                    waiting.append(pool.submit(simulated_chunk, number, *chunks.pop(0), longest))
+                    waiting.append(pool.submit(simulated_chunk, number, *chunks.pop(0), longest, programs))
                 yield waiting.pop(0).result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -670,6 +691,7 @@ def verify(
     output: Path,
     *,
     longest: int = LONGEST,
+    programs: Sequence[ProgramName] = PROGRAMS,
     processes: int | None = None,
     minutes: float | None = None,
 ) -> Tally:
@@ -685,6 +707,8 @@ def verify(
         File of the summary, JSON; a run that was stopped goes on from it.
     longest
         Most rows of a sequence.
+    programs
+        Algorithms and directions, in turn.
     processes
         How many simulate; default one for each core.
     minutes
@@ -703,10 +727,9 @@ def verify(
         If there is no device.
     """
     request = {
-        "arithmetic": "simt",
         "seed": number,
         "longest": longest,
-        "programs": [" ".join(one) for one in PROGRAMS],
+        "programs": [" ".join(one) for one in programs],
     }
     found, start = environment(), time.monotonic()
     tally, by_kind, failures = _resumed(output, request, found)
@@ -714,7 +737,7 @@ def verify(
     capability = found["compute_capability"]
     architecture = compiler.choose_architecture((int(capability[:-1]), int(capability[-1])))
     cores = processes or len(os.sched_getaffinity(0))
-    for work in _work(number, longest, tally.problems, problems, cores, architecture):
+    for work in _work(number, longest, programs, tally.problems, problems, cores, architecture):
         for case, expected in work:
             result = compare(case, expected)
             if any(result[name] for name in result if name != "elements") and len(failures) < FAILURES_DESCRIBED:
@@ -746,6 +769,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems (default 0)")
     parser.add_argument("--output", type=Path, required=True, help="file of the summary, JSON")
     parser.add_argument("--longest", type=int, default=LONGEST, help=f"most rows of a sequence (default {LONGEST})")
+    parser.add_argument(
+        "--algorithm",
+        action="append",
+        choices=tuple(ALGORITHMS),
+        help="an algorithm whose problems to draw; may be repeated (default: all)",
+    )
     parser.add_argument("--without-memory-pool", action="store_true", help="allocate every array by itself")
     parser.add_argument("--processes", type=int, help="how many processes simulate (default one for each core)")
     parser.add_argument("--minutes", type=float, help="when to stop; a later run goes on")
@@ -757,6 +786,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.seed,
         arguments.output,
         longest=arguments.longest,
+        programs=programs_of(arguments.algorithm or tuple(ALGORITHMS)),
         processes=arguments.processes,
         minutes=arguments.minutes,
     )

@@ -78,7 +78,6 @@ struct Unpublished {
 struct NamedBarrier {
   int threads, arrived;
   unsigned phase;
-  bool said, any;  // so far, and in the phase that ended last
 };
 
 // The registers of a thread that products under way add to. What is in them meanwhile is poison.
@@ -361,19 +360,14 @@ inline void arrive_at_named(Thread* lanes, unsigned number, int threads) {
   }
   barrier.threads = threads, barrier.arrived += WARP_LANES;
   if (barrier.arrived > threads) return record("comes to named barrier %u beyond its %d threads", number, threads);
-  for (int lane = 0; lane < WARP_LANES; lane++) barrier.said = barrier.said || lanes[lane].given != 0.0f;
-  if (barrier.arrived == threads) {
-    barrier.any = barrier.said, barrier.said = false;
-    barrier.arrived = 0, barrier.phase++;
-  }
+  if (barrier.arrived == threads) barrier.arrived = 0, barrier.phase++;
 }
 
-inline void meet_named(int number, int threads, bool given) {
+inline void meet_named(int number, int threads) {
   if (number < 1 || number >= NAMED_BARRIERS) fail("named barrier %d: expected 1 to 15", number);
   if (threads < WARP_LANES || threads % WARP_LANES || threads > static_cast<int>(block.threads.size())) {
     fail("%d threads at named barrier %d: expected whole warps of the block", threads, number);
   }
-  block.running->given = given;
   together(nullptr, number | threads << 8, [](Thread* lanes) {
     arrive_at_named(lanes, lanes[0].variant & 255, lanes[0].variant >> 8);
   });
@@ -658,7 +652,7 @@ inline void wait_for_products_but(int pending) {
   lane.fenced = false;
 }
 
-struct FirstLane {
+struct Uniform {
   int given;
   int* taken;
 };
@@ -791,24 +785,21 @@ inline void wait(Barrier* barrier, unsigned parity) {
 }
 
 inline void sync_named(int number, int threads) {
-  cpu::meet_named(number, threads, false);
+  cpu::meet_named(number, threads);
   cpu::wait_for_named(number);
 }
 
-inline void arrive_named(int number, int threads) { cpu::meet_named(number, threads, false); }
+inline void arrive_named(int number, int threads) { cpu::meet_named(number, threads); }
 
-inline bool sync_named_any(int number, int threads, bool given) {
-  cpu::meet_named(number, threads, given);
-  cpu::wait_for_named(number);
-  return cpu::hopper.named[number].any;
-}
-
-inline int first_lane(int number) {
+inline int uniform(int number) {
   int taken;
-  const cpu::FirstLane given = {number, &taken};
+  const cpu::Uniform given = {number, &taken};
   cpu::together(&given, 0, [](cpu::Thread* lanes) {
-    const auto of = [&](int lane) { return static_cast<const cpu::FirstLane*>(lanes[lane].operands); };
-    for (int lane = 0; lane < cpu::WARP_LANES; lane++) *of(lane)->taken = of(0)->given;
+    const auto of = [&](int lane) { return static_cast<const cpu::Uniform*>(lanes[lane].operands); };
+    for (int lane = 0; lane < cpu::WARP_LANES; lane++) {
+      if (of(lane)->given != of(0)->given) cpu::record("has a number that other lanes do not have");
+      *of(lane)->taken = of(0)->given;
+    }
   });
   return taken;
 }

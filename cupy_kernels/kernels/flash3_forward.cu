@@ -58,7 +58,14 @@ constexpr int V_OFFSET = K_OFFSET + KEY_STAGES * KEY_BYTES;
 constexpr int BARRIERS_OFFSET = V_OFFSET + VALUE_STAGES * KEY_BYTES;
 constexpr int BARRIERS_BYTES = 256;
 constexpr int WORK_OFFSET = BARRIERS_OFFSET + BARRIERS_BYTES;
-constexpr int SHARED_BYTES = WORK_OFFSET + QUERY_STAGES * 32;
+constexpr int WORK_STAGES = QUERY_STAGES > 2 ? QUERY_STAGES : 2;
+constexpr int SHARED_BYTES = WORK_OFFSET + WORK_STAGES * 32;
+
+// A warp's results are staged for their copy to memory, a slab at a time or several. Where there is room for one query
+// tile alone, its queries give way to the next ones before, and results lie where the last keys lay.
+constexpr int STAGED_SLAB_BYTES = WARP_ROWS * SLAB_ROW_BYTES;
+constexpr int SLABS_IN_KEYS = KEY_BYTES / (CONSUMERS * GROUP_ROWS / WARP_ROWS * STAGED_SLAB_BYTES);
+constexpr bool STAGES_IN_KEYS = QUERY_STAGES == 1 && SLABS_IN_KEYS > 0;
 
 static_assert(SHARED_BYTES <= 232448, "shared memory of a multiprocessor");
 static_assert(QUERY_ROWS % GROUP_ROWS == 0 && CONSUMERS <= 3, "one to three warpgroups compute");
@@ -90,15 +97,18 @@ struct Flash3ForwardParameters {
 };
 
 #if RAGGED
-enum Flash3ForwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE, COUNT_QUERY_OFFSETS, COUNT_KEY_OFFSETS };
+enum Flash3ForwardCounter {
+  COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE, COUNT_QUERY_OFFSETS, COUNT_KEY_OFFSETS, COUNT_REPAIRS
+};
 #else
-enum Flash3ForwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE, COUNT_SCHEDULE };
+enum Flash3ForwardCounter { COUNT_Q, COUNT_K, COUNT_V, COUNT_OUT, COUNT_LSE, COUNT_SCHEDULE, COUNT_REPAIRS };
 #endif
 
 struct Barriers {
   Barrier q_full[QUERY_STAGES][CONSUMERS], q_empty[QUERY_STAGES][CONSUMERS];
   Barrier k_full[KEY_STAGES], k_empty[KEY_STAGES];
   Barrier v_full[VALUE_STAGES], v_empty[VALUE_STAGES];
+  Barrier k_read;  // the last keys of a query tile, by all
 };
 
 static_assert(sizeof(Barriers) <= BARRIERS_BYTES, "barriers fit");
@@ -114,6 +124,7 @@ class Ring {
  public:
   DEVICE int stage() const { return turn_ % LENGTH; }
   DEVICE unsigned parity() const { return turn_ / LENGTH & 1; }
+  DEVICE int stage_before() const { return (turn_ - 1) % LENGTH; }
   DEVICE void advance() { turn_++; }
 
  private:
@@ -159,6 +170,10 @@ DEVICE int key_count(const Problem& problem, const Work& work) {
 }
 
 DEVICE int packed_rows(const Problem& problem, const Work& work) { return query_count(problem, work) * PACKED_HEADS; }
+
+DEVICE int key_head(const Problem& problem, const Work& work) {
+  return work.head * PACKED_HEADS / problem.group_size;
+}
 
 // Find the tiles of keys that a query tile visits.
 DEVICE void choose_keys(const Problem& problem, Work& work) {
@@ -307,10 +322,10 @@ DEVICE unsigned inside(int rows, int most_rows, int columns) {
 
 DEVICE void load_queries(
     char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters, const Work& work,
-    const Ring<QUERY_STAGES>& ring, ByteCounter& counter) {
+    const Ring<QUERY_STAGES>& ring, WorkPlace* place, ByteCounter& counter) {
   const Problem& problem = parameters.problem;
   for (int group = 0; group < CONSUMERS; group++) wait(&barriers->q_empty[ring.stage()][group], ring.parity() ^ 1);
-  static_cast<Work&>(work_places(shared)[ring.stage()]) = work;
+  static_cast<Work&>(*place) = work;
   for (int group = 0; group < CONSUMERS; group++) {
     Barrier* full = &barriers->q_full[ring.stage()][group];
     if (work.row == NO_ROW) {
@@ -340,7 +355,7 @@ DEVICE void load_keys(
     const Work& work, int tile, unsigned parity, ByteCounter& counter) {
   wait(empty, parity ^ 1);
   arrive_expecting(full, KEY_BYTES);
-  const int head = PACKED_HEADS == 1 ? work.head / problem.group_size : work.head * PACKED_HEADS / problem.group_size;
+  const int head = key_head(problem, work);
   for (int slab = 0; slab < SLABS; slab++) {
 #if RAGGED
     start_box_load(
@@ -360,6 +375,7 @@ DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters
   ByteCounter q_bytes(parameters.counters + COUNT_Q), k_bytes(parameters.counters + COUNT_K);
   ByteCounter v_bytes(parameters.counters + COUNT_V);
   Ring<QUERY_STAGES> queries;
+  Ring<WORK_STAGES> places;
   Ring<KEY_STAGES> keys;
   Ring<VALUE_STAGES> values;
   const auto load_k = [&](const Work& work, int tile) {
@@ -380,8 +396,8 @@ DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters
   do {
     work = schedule.next();
     if (work.first_tile < work.stop_tile) load_k(work, work.first_tile);
-    load_queries(shared, barriers, parameters, work, queries, q_bytes);
-    queries.advance();
+    load_queries(shared, barriers, parameters, work, queries, work_places(shared) + places.stage(), q_bytes);
+    queries.advance(), places.advance();
     for (int tile = work.first_tile; tile < work.stop_tile; tile++) {
       if (tile + 1 < work.stop_tile) load_k(work, tile + 1);
       load_v(work, tile);
@@ -415,52 +431,63 @@ struct SoftmaxState {
   float correction[2];
 };
 
-// Which keys the rows of a query tile see.
+// Which keys the rows of a warpgroup see.
 class Sight {
  public:
-  DEVICE Sight(const Problem& problem, const Work& work) : problem_(problem), work_(work) {}
+  DEVICE Sight(const Problem& problem, const Work& work, int group) : problem_(problem), work_(work), group_(group) {}
 
-  // Of a row of the tile.
+  // Of a row of the warpgroup.
   DEVICE int first_key(int row) const { return position(row) - problem_.window_left; }
   DEVICE int stop_key(int row) const {
     return MASKED ? min(keys(), position(row) + problem_.window_right + 1) : keys();
   }
 
-  // Tiles of keys before the first and from the second on hide keys from rows of the tile.
+  // Tiles of keys that the warpgroup takes, of those of the query tile at least one: others hide all keys from it.
+  DEVICE int first_tile() const {
+    if (!MASKED) return work_.first_tile;
+    return max(work_.first_tile, min(work_.stop_tile - 1, first_key(0) / KEY_ROWS));
+  }
+  DEVICE int stop_tile(int first_tile) const {
+    if (!MASKED) return work_.stop_tile;
+    return max(first_tile + 1, min(work_.stop_tile, (stop_key(GROUP_ROWS - 1) + KEY_ROWS - 1) / KEY_ROWS));
+  }
+
+  // Tiles of keys before the first and from the second on hide keys from rows of the warpgroup.
   DEVICE int first_whole() const {
-    return MASKED ? (max(0, first_key(QUERY_ROWS - 1)) + KEY_ROWS - 1) / KEY_ROWS : 0;
+    return MASKED ? (max(0, first_key(GROUP_ROWS - 1)) + KEY_ROWS - 1) / KEY_ROWS : 0;
   }
   DEVICE int stop_whole() const { return max(0, stop_key(0)) / KEY_ROWS; }
-  DEVICE bool hides(int tile) const { return tile < first_whole() || tile >= stop_whole(); }
 
  private:
   DEVICE int keys() const { return key_count(problem_, work_); }
 
   // Key at which a row stands.
   DEVICE int position(int row) const {
-    return (work_.row + row) / PACKED_HEADS + keys() - query_count(problem_, work_);
+    return (work_.row + group_ * GROUP_ROWS + row) / PACKED_HEADS + keys() - query_count(problem_, work_);
   }
 
   const Problem& problem_;
   const Work& work_;
+  int group_;
 };
 
-// Hide the keys of a tile that rows do not see.
-DEVICE void hide(float (&scores)[SCORES], const Sight& sight, int group, int tile) {
+// Hide the keys of a tile that rows do not see, before the first ones and from the last ones on.
+template <bool BEFORE>
+DEVICE void hide(float (&scores)[SCORES], const Sight& sight, int tile) {
   const Place place;
-  const int group_row = group * GROUP_ROWS + place.row;
   const int before = tile * KEY_ROWS + 2 * place.quad;
-  int first[2], stop[2];
 #pragma unroll
   for (int row = 0; row < 2; row++) {
-    first[row] = sight.first_key(group_row + 8 * row) - before;
-    stop[row] = sight.stop_key(group_row + 8 * row) - before;
-  }
+    const int first = sight.first_key(place.row + 8 * row) - before, stop = sight.stop_key(place.row + 8 * row) - before;
 #pragma unroll
-  for (int i = 0; i < SCORES; i++) {
-    const int key = i / 4 * 8 + i % 2, row = i / 2 % 2;
-    const bool seen = MASKED ? key >= first[row] && key < stop[row] : key < stop[row];
-    scores[i] = seen ? scores[i] : -infinity();
+    for (int i = 2 * row; i < SCORES; i += 4) {
+#pragma unroll
+      for (int side = 0; side < 2; side++) {
+        const int key = i / 4 * 8 + side;
+        const bool seen = BEFORE ? key >= first && key < stop : key < stop;
+        scores[i + side] = seen ? scores[i + side] : -infinity();
+      }
+    }
   }
 }
 
@@ -525,76 +552,6 @@ DEVICE void start_values(float (&out)[OUTPUTS], const unsigned (&probabilities)[
   }
 }
 
-// Add the values of a tile, weighted by probabilities, where values of hidden keys are infinite or NaN, whose product
-// with a probability of 0 is NaN: row by row, the values that the row does not see taken for 0. The warp's tensor core
-// instructions add up as the warpgroup's do.
-DEVICE void add_seen_values(
-    float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], unsigned v, const Sight& sight, int group,
-    int tile) {
-  const Place place;
-  const int matrix_row = place.lane % 16, matrix = place.lane / 16;
-#pragma unroll 1
-  for (int row = 0; row < WARP_ROWS; row++) {
-    const int tile_row = group * GROUP_ROWS + place.warp * WARP_ROWS + row;
-    const int first = sight.first_key(tile_row) - tile * KEY_ROWS, stop = sight.stop_key(tile_row) - tile * KEY_ROWS;
-    const bool takes = place.lane / 4 == row % 8;
-#pragma unroll
-    for (int i = 0; i < OUTPUTS; i += 8) {
-      float sums[2][4];
-#pragma unroll
-      for (int j = 0; j < 8; j++) sums[j / 4][j % 4] = out[i + j];
-      const int column = 2 * i + 8 * matrix, slab = column / SLAB_COLUMNS;
-#pragma unroll 1
-      for (int step = 0; step < KEY_ROWS / STEP; step++) {
-        const int key = step * STEP + matrix_row, chunk = column % SLAB_COLUMNS / 8 ^ key % 8;
-        unsigned values[4];
-        load_transposed_matrices(values, v + slab * KEY_SLAB_BYTES + key * SLAB_ROW_BYTES + chunk * 16);
-        unsigned left[4];
-#pragma unroll
-        for (int other = 0; other < KEY_ROWS / STEP; other++) {
-#pragma unroll
-          for (int j = 0; j < 4; j++) left[j] = other == step ? probabilities[4 * other + j] : left[j];
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int at = step * STEP + 8 * half + 2 * place.quad;
-          const unsigned seen =
-              (at >= first && at < stop ? 0xffffu : 0) | (at + 1 >= first && at + 1 < stop ? 0xffff0000u : 0);
-          values[half] &= seen, values[2 + half] &= seen;
-        }
-        multiply_add<Stored>(sums[0], left, values[0], values[1]);
-        multiply_add<Stored>(sums[1], left, values[2], values[3]);
-      }
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        if (takes && j % 4 / 2 == row / 8) out[i + j] = sums[j / 4][j % 4];
-      }
-    }
-  }
-}
-
-// Fields of the exponents of two numbers in a word.
-template <class Stored>
-constexpr unsigned EXPONENTS = 0x7f807f80u;
-template <>
-constexpr unsigned EXPONENTS<float16> = 0x7c007c00u;
-
-// Whether a tile of values holds Inf or NaN; the warpgroup's threads share the work.
-DEVICE bool holds_special(unsigned v, int group) {
-  constexpr unsigned UNITS = 0x80008000u - EXPONENTS<Stored>;  // what carries a field of all ones into the sign's place
-  unsigned carried = 0;
-#pragma unroll (CONSUMERS == 3 ? 1 : 4)
-  for (int offset = fresh_thread_index() % WARPGROUP * 16; offset < KEY_BYTES; offset += WARPGROUP * 16) {
-    const Four words = load_shared(v + offset);
-    carried |= (words.x & EXPONENTS<Stored>) + UNITS;
-    carried |= (words.y & EXPONENTS<Stored>) + UNITS;
-    carried |= (words.z & EXPONENTS<Stored>) + UNITS;
-    carried |= (words.w & EXPONENTS<Stored>) + UNITS;
-  }
-  // By a vote, so that the compiler knows that all lanes go the same way, and keeps what follows in uniform registers.
-  return any_lane(sync_named_any(2 + CONSUMERS + group, WARPGROUP, carried & 0x80008000u));
-}
-
 // Which turn it is: the warpgroups' products are issued in turns.
 DEVICE void await_turn(int group) {
   if (TAKE_TURNS) sync_named(2 + group, 2 * WARPGROUP);
@@ -606,19 +563,222 @@ DEVICE void end_turn(int group) {
 
 // finish
 
+// Whether an output of one of the thread's rows is NaN.
+DEVICE bool holds_nan(const float (&out)[OUTPUTS], int row) {
+  bool found = false;
+#pragma unroll
+  for (int i = 2 * row; i < OUTPUTS; i += 4) found |= is_either_nan(out[i], out[i + 1]);
+  return found;
+}
+
+// Sum of a row, of the thread's even and odd columns and those of the others that share the row.
+DEVICE float total_of(const float (&row_sum)[2]) {
+  float sum = __fadd_rn(row_sum[0], row_sum[1]);
+  sum = __fadd_rn(sum, shuffle_xor(sum, 1));
+  return __fadd_rn(sum, shuffle_xor(sum, 2));
+}
+
+DEVICE float inverse_of(float sum) { return sum == 0.0f ? 0.0f : reciprocal_approximate(sum); }
+
+// Two numbers of a row of a matrix in memory, 0 where there are none.
+DEVICE unsigned pair_of_row(const Stored* row, int column, int columns, ByteCounter& counter) {
+  if (row == nullptr || column >= columns) return 0;
+  counter.add(4);
+  return load_4_bytes(row + column);
+}
+
+// Compute the output of a row anew, all by this warp, and store it. A hidden key has a probability of 0, which times a
+// value that is Inf or NaN is NaN; here the values that the row does not see are taken for 0. The warp's tensor core
+// instructions add up as the warpgroup's do; all rows of their left matrix are this one. `scratch` is for this warp. All
+// lanes take the same way, so that the compiler keeps what is the same for a warp in uniform registers elsewhere.
+DEVICE void repair_row(
+    float* scratch, const Flash3ForwardParameters& parameters, const Work& work, const Sight& sight, int row,
+    int group_row, ByteCounter& out_bytes, ByteCounter& repair_bytes) {
+  static_assert((KEY_ROWS + COLUMNS) * sizeof(float) <= STAGED_SLAB_BYTES, "scratch has room");
+  float* const probabilities = scratch;  // of a tile of keys; first their scores; then pairs in the places of even keys
+  float* const out = scratch + KEY_ROWS;
+  const Problem& problem = parameters.problem;
+  const Place place;
+  const bool is_first_row = place.lane / 4 == 0;
+  const int packed = group_row + row, position = packed / PACKED_HEADS;
+  if (position >= query_count(problem, work)) return;
+  const int head = work.head * PACKED_HEADS + packed % PACKED_HEADS;
+#if RAGGED
+  const int batch = 0, first_query = work.queries.start, first_of_keys = work.keys.start;
+#else
+  const int batch = work.batch, first_query = 0, first_of_keys = 0;
+#endif
+  const Stored* query = row_of(parameters.q, parameters.q_strides, batch, head, first_query + position);
+  const int first = max(0, sight.first_key(row)), stop = sight.stop_key(row);
+  const auto sees = [&](int key) { return key >= first && key < stop; };
+  const auto row_of_key = [&](const Stored* matrix, const Strides& strides, int key) -> const Stored* {
+    if (!sees(key)) return nullptr;
+    return row_of(matrix, strides, batch, key_head(problem, work), first_of_keys + key);
+  };
+  float row_max = -infinity(), row_sum[2] = {0.0f, 0.0f};
+  for (int column = 0; column < COLUMNS; column += WARP) {
+    if (column + place.lane < COLUMNS) out[column + place.lane] = 0.0f;
+  }
+#pragma unroll 1
+  for (int first_of_tile = first / KEY_ROWS * KEY_ROWS; first_of_tile < stop; first_of_tile += KEY_ROWS) {
+    const float last_max = row_max;
+#pragma unroll 1
+    for (int of_tile = 0; of_tile < KEY_ROWS; of_tile += 16) {
+      float sums[2][4] = {};
+#pragma unroll 1
+      for (int step = 0; step < COLUMNS; step += STEP) {
+        const int column = step + 2 * place.quad;
+        unsigned left[4];
+        left[0] = left[1] = pair_of_row(query, column, problem.head_dim, repair_bytes);
+        left[2] = left[3] = pair_of_row(query, column + 8, problem.head_dim, repair_bytes);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int key = first_of_tile + of_tile + 8 * half + place.lane / 4;
+          const Stored* of_key = row_of_key(parameters.k, parameters.k_strides, key);
+          const unsigned low = pair_of_row(of_key, column, problem.head_dim, repair_bytes);
+          const unsigned high = pair_of_row(of_key, column + 8, problem.head_dim, repair_bytes);
+          multiply_add<Stored>(sums[half], left, low, high);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int key = of_tile + i / 2 * 8 + 2 * place.quad + i % 2;
+        const float score = sees(first_of_tile + key) ? sums[i / 2][i % 2] : -infinity();
+        row_max = maximum_number(row_max, score);
+        if (is_first_row) probabilities[key] = score;
+      }
+    }
+    __syncwarp();
+    row_max = maximum_number(row_max, shuffle_xor(row_max, 1));
+    row_max = maximum_number(row_max, shuffle_xor(row_max, 2));
+    const float reference = reference_of(row_max, problem.scale_log2);
+    const float offset = -__fmul_rn(reference, problem.scale_log2);
+    const float correction = exp2_approximate(__fmul_rn(__fsub_rn(last_max, reference), problem.scale_log2));
+#pragma unroll 1
+    for (int of_tile = 0; of_tile < KEY_ROWS; of_tile += 8) {
+      float* const pair = probabilities + of_tile + 2 * place.quad;
+      float powers[2];
+#pragma unroll
+      for (int side = 0; side < 2; side++) {
+        powers[side] = exp2_approximate(__fmaf_rn(pair[side], problem.scale_log2, offset));
+        row_sum[side] = __fmaf_rn(row_sum[side], of_tile == 0 ? correction : 1.0f, powers[side]);
+      }
+      __syncwarp();
+      if (is_first_row) pair[0] = float_of_bits(round_pair<Stored>(powers[0], powers[1]));
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int block = 0; block < COLUMNS; block += 16) {
+      float sums[2][4];
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        sums[i / 4][i % 4] = __fmul_rn(out[block + i / 4 * 8 + 2 * place.quad + i % 2], correction);
+      }
+#pragma unroll 1
+      for (int of_tile = 0; of_tile < KEY_ROWS; of_tile += STEP) {
+        const int mine = of_tile + 2 * place.quad;
+        unsigned left[4];
+        left[0] = left[1] = bits_of_float(probabilities[mine]);
+        left[2] = left[3] = bits_of_float(probabilities[mine + 8]);
+        unsigned values[2][2] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int key = first_of_tile + mine + i / 2 * 8 + i % 2;
+          const Stored* of_key = row_of_key(parameters.v, parameters.v_strides, key);
+#pragma unroll
+          for (int right = 0; right < 2; right++) {
+            const int column = block + 8 * right + place.lane / 4;
+            if (of_key == nullptr || column >= problem.value_dim) continue;
+            repair_bytes.add(2);
+            values[right][i / 2] |= static_cast<unsigned>(load_2_bytes(of_key + column)) << 16 * (i % 2);
+          }
+        }
+        multiply_add<Stored>(sums[0], left, values[0][0], values[0][1]);
+        multiply_add<Stored>(sums[1], left, values[1][0], values[1][1]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (is_first_row) out[block + i / 2 * 8 + 2 * place.quad + i % 2] = sums[i / 2][i % 2];
+      }
+    }
+    __syncwarp();
+  }
+  const float inverse = inverse_of(total_of(row_sum));
+  Stored* to = row_of(parameters.out, parameters.out_strides, batch, head, first_query + position);
+  for (int first_column = 0; first_column < COLUMNS; first_column += 2 * WARP) {
+    const int column = first_column + 2 * place.lane;
+    if (column >= problem.value_dim) continue;
+    out_bytes.add(4);
+    store_4_bytes(
+        to + column, round_pair<Stored>(__fmul_rn(out[column], inverse), __fmul_rn(out[column + 1], inverse)));
+  }
+  __syncwarp();
+}
+
+// Wait until the warp's stores have read what was staged for them.
+DEVICE void finish_stores() {
+  if (fresh_thread_index() % WARP == 0) wait_for_store_reads<0>();
+  __syncwarp();
+}
+
+// Start to store the results of a warp. `staged` has room for some slabs of its rows, `next_slab` bytes apart.
+template <int SLABS_AT_ONCE>
+DEVICE void store_rows(
+    const float (&out)[OUTPUTS], const float (&inverse)[2], char* staged, int next_slab,
+    const Flash3ForwardParameters& parameters, const Work& work, int warp_row) {
+  const int lane = fresh_thread_index() % WARP, matrix_row = lane % 16, chunk = lane / 16;
+#pragma unroll
+  for (int first = 0; first < SLABS; first += SLABS_AT_ONCE) {
+    const int stop = min(SLABS, first + SLABS_AT_ONCE);
+#pragma unroll
+    for (int i = first * SLAB_COLUMNS / 2; i < OUTPUTS && i < stop * SLAB_COLUMNS / 2; i += 8) {
+      const int column = 2 * i - first * SLAB_COLUMNS + 8 * chunk, slab = column / SLAB_COLUMNS;
+      const int place_in_row = (column % SLAB_COLUMNS / 8 ^ matrix_row % 8) * 16;
+      store_matrices(
+          staged + slab * next_slab + matrix_row * SLAB_ROW_BYTES + place_in_row,
+          round_pair<Stored>(__fmul_rn(out[i], inverse[0]), __fmul_rn(out[i + 1], inverse[0])),
+          round_pair<Stored>(__fmul_rn(out[i + 2], inverse[1]), __fmul_rn(out[i + 3], inverse[1])),
+          round_pair<Stored>(__fmul_rn(out[i + 4], inverse[0]), __fmul_rn(out[i + 5], inverse[0])),
+          round_pair<Stored>(__fmul_rn(out[i + 6], inverse[1]), __fmul_rn(out[i + 7], inverse[1])));
+    }
+    publish_to_copies();
+    __syncwarp();
+    if (lane == 0) {
+      for (int slab = first; slab < stop; slab++) {
+#if RAGGED
+        start_box_store(
+            &parameters.out_map, staged + (slab - first) * next_slab, slab * SLAB_COLUMNS,
+            ragged_row(work.queries, warp_row), ragged_end(work.queries), RAGGED_ROWS, work.head);
+#else
+        start_box_store(
+            &parameters.out_map, staged + (slab - first) * next_slab, slab * SLAB_COLUMNS, warp_row % PACKED_HEADS,
+            warp_row / PACKED_HEADS, work.head, work.batch);
+#endif
+      }
+      commit_stores();
+    }
+    if (stop < SLABS) finish_stores();
+  }
+}
+
+// Write the log-sum-exps and the output of a warp. `in_keys` is where the last keys lay, or null if there were none;
+// `in_queries` is where the warpgroup's queries lie.
 DEVICE void finish(
-    float (&out)[OUTPUTS], const SoftmaxState& state, char* staged, const Flash3ForwardParameters& parameters,
-    const Work& work, int group, ByteCounter& out_bytes, ByteCounter& lse_bytes) {
+    float (&out)[OUTPUTS], const SoftmaxState& state, char* in_queries, char* in_keys, Barrier* k_read, unsigned parity,
+    const Flash3ForwardParameters& parameters, const Work& work, int group, ByteCounter& out_bytes,
+    ByteCounter& lse_bytes, ByteCounter& repair_bytes) {
   const Problem& problem = parameters.problem;
   const Place place;
   const int group_row = work.row + group * GROUP_ROWS;
   float inverse[2];
+  bool needs_repair = false;
 #pragma unroll
   for (int row = 0; row < 2; row++) {
-    float sum = __fadd_rn(state.row_sum[row][0], state.row_sum[row][1]);
-    sum = __fadd_rn(sum, shuffle_xor(sum, 1));
-    sum = __fadd_rn(sum, shuffle_xor(sum, 2));
-    inverse[row] = sum == 0.0f ? 0.0f : reciprocal_approximate(sum);
+    const float sum = total_of(state.row_sum[row]);
+    inverse[row] = inverse_of(sum);
+    // By the values alone: a probability that is NaN makes the sum NaN.
+    needs_repair |= sum == sum && holds_nan(out, row);
     const int packed = group_row + place.row + 8 * row, position = packed / PACKED_HEADS;
     if (place.quad == 0 && position < query_count(problem, work)) {
       const int head = work.head * PACKED_HEADS + packed % PACKED_HEADS;
@@ -633,55 +793,52 @@ DEVICE void finish(
       store_4_bytes(lse, bits_of_float(sum == 0.0f ? -infinity() : logarithm));
     }
   }
-  // The rows of a warp take the place of its queries, which its warpgroup has read.
-  sync_named(2 + CONSUMERS + group, WARPGROUP);
-  char* rows = staged + place.warp * WARP_ROWS * SLAB_ROW_BYTES;
-  const int matrix_row = place.lane % 16, chunk = place.lane / 16;
-#pragma unroll
-  for (int i = 0; i < OUTPUTS; i += 8) {
-    const int column = 2 * i + 8 * chunk, slab = column / SLAB_COLUMNS;
-    const int place_in_row = (column % SLAB_COLUMNS / 8 ^ matrix_row % 8) * 16;
-    store_matrices(
-        rows + slab * QUERY_SLAB_BYTES + matrix_row * SLAB_ROW_BYTES + place_in_row,
-        round_pair<Stored>(__fmul_rn(out[i], inverse[0]), __fmul_rn(out[i + 1], inverse[0])),
-        round_pair<Stored>(__fmul_rn(out[i + 2], inverse[1]), __fmul_rn(out[i + 3], inverse[1])),
-        round_pair<Stored>(__fmul_rn(out[i + 4], inverse[0]), __fmul_rn(out[i + 5], inverse[0])),
-        round_pair<Stored>(__fmul_rn(out[i + 6], inverse[1]), __fmul_rn(out[i + 7], inverse[1])));
-  }
-  publish_to_copies();
-  __syncwarp();
   const int warp_row = group_row + place.warp * WARP_ROWS;
-  if (place.lane == 0) {
-    for (int slab = 0; slab < SLABS; slab++) {
-#if RAGGED
-      start_box_store(
-          &parameters.out_map, rows + slab * QUERY_SLAB_BYTES, slab * SLAB_COLUMNS,
-          ragged_row(work.queries, warp_row), ragged_end(work.queries), RAGGED_ROWS, work.head);
-#else
-      start_box_store(
-          &parameters.out_map, rows + slab * QUERY_SLAB_BYTES, slab * SLAB_COLUMNS, warp_row % PACKED_HEADS,
-          warp_row / PACKED_HEADS, work.head, work.batch);
-#endif
-    }
-    commit_stores();
-    out_bytes.add(inside(WARP_ROWS, packed_rows(problem, work) - warp_row, problem.value_dim));
-    wait_for_store_reads<0>();
+  const bool is_in_keys = STAGES_IN_KEYS && in_keys != nullptr;
+  // What the rows take the place of has been read.
+  if (is_in_keys) {
+    wait(k_read, parity);
+  } else {
+    sync_named(2 + CONSUMERS + group, WARPGROUP);
   }
-  __syncwarp();
+  char* const staged = is_in_keys
+      ? in_keys + (4 * group + place.warp) * SLABS_IN_KEYS * STAGED_SLAB_BYTES
+      : in_queries + place.warp * STAGED_SLAB_BYTES;
+  if (MASKED && any_lane(needs_repair)) {
+    const Sight sight(problem, work, group);
+#pragma unroll 1
+    for (int row = 0; row < WARP_ROWS; row++) {
+      repair_row(
+          reinterpret_cast<float*>(staged), parameters, work, sight, uniform(place.warp) * WARP_ROWS + row, group_row,
+          out_bytes, repair_bytes);
+    }
+    publish_to_copies();
+    return;
+  }
+  if (is_in_keys) {
+    store_rows<(STAGES_IN_KEYS ? SLABS_IN_KEYS : SLABS)>(
+        out, inverse, staged, STAGED_SLAB_BYTES, parameters, work, warp_row);
+  } else {
+    store_rows<SLABS>(out, inverse, staged, QUERY_SLAB_BYTES, parameters, work, warp_row);
+  }
+  if (place.lane == 0) out_bytes.add(inside(WARP_ROWS, packed_rows(problem, work) - warp_row, problem.value_dim));
 }
 
 DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters) {
   const Problem& problem = parameters.problem;
-  const int group = warp_index() / 4 - 1;
+  const int group = uniform(threadIdx.x / WARPGROUP) - 1;
   const bool is_first_lane = threadIdx.x % WARP == 0;
   const float scale_log2 = problem.scale_log2;
   ByteCounter out_bytes(parameters.counters + COUNT_OUT), lse_bytes(parameters.counters + COUNT_LSE);
-  const unsigned v_tiles = shared_address(shared) + V_OFFSET;
+  ByteCounter repair_bytes(parameters.counters + COUNT_REPAIRS);
   const unsigned long long k = describe_matrix(shared_address(shared) + K_OFFSET, 0);
-  const unsigned long long v = describe_matrix(v_tiles, KEY_SLAB_BYTES);
+  const unsigned long long v = describe_matrix(shared_address(shared) + V_OFFSET, KEY_SLAB_BYTES);
   Ring<QUERY_STAGES> queries;
+  Ring<WORK_STAGES> places;
   Ring<KEY_STAGES> keys;
   Ring<VALUE_STAGES> values;
+  Ring<1> last_keys;
+  bool is_storing = false;  // results of the last query tile, from where its queries lay
   const auto release = [&](Barrier* barrier) {
     if (is_first_lane) arrive(barrier);
   };
@@ -690,14 +847,14 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
   };
   const auto await_work = [&]() -> Work {
     wait(&barriers->q_full[queries.stage()][group], queries.parity());
-    const Work work = work_places(shared)[queries.stage()];
+    const Work work = work_places(shared)[places.stage()];
     // The same in all lanes, as the compiler would not know.
 #if RAGGED
-    return {first_lane(work.head), first_lane(work.row), first_lane(work.first_tile), first_lane(work.stop_tile),
-            {0, first_lane(work.queries.length)}, {0, first_lane(work.keys.length)}};
+    return {uniform(work.head), uniform(work.row), uniform(work.first_tile), uniform(work.stop_tile),
+            {0, uniform(work.queries.length)}, {0, uniform(work.keys.length)}};
 #else
-    return {first_lane(work.batch), first_lane(work.head), first_lane(work.row), first_lane(work.first_tile),
-            first_lane(work.stop_tile)};
+    return {uniform(work.batch), uniform(work.head), uniform(work.row), uniform(work.first_tile),
+            uniform(work.stop_tile)};
 #endif
   };
   const auto start_next_scores = [&](float (&scores)[SCORES]) {
@@ -713,46 +870,48 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     start_values(out, probabilities, moved_on(v, values.stage() * KEY_BYTES), adds);
     commit_products();
   };
-  const auto release_keys = [&] {
-    release(&barriers->k_empty[keys.stage()]);
+  const auto release_keys = [&](bool is_last) {
+    release(STAGES_IN_KEYS && is_last ? &barriers->k_read : &barriers->k_empty[keys.stage()]);
     keys.advance();
   };
   const auto release_values = [&] {
     release(&barriers->v_empty[values.stage()]);
     values.advance();
   };
-  // Whether the values of a tile need the way around those that are infinite or NaN: under a mask, where the tile hides
-  // keys. `place` is theirs in the ring.
-  const auto are_special = [&](const Sight& sight, int tile, const Ring<VALUE_STAGES>& place) {
-    if (!MASKED || !sight.hides(tile)) return false;
-    wait(&barriers->v_full[place.stage()], place.parity());
-    return holds_special(v_tiles + place.stage() * KEY_BYTES, group);
+  // Tiles of keys that hide all keys from the warpgroup, but not from others.
+  const auto skip_keys = [&](bool is_last) {
+    await_turn(group);
+    end_turn(group);
+    wait(&barriers->k_full[keys.stage()], keys.parity());
+    release_keys(is_last);
   };
-  const auto add_special_values = [&](
-      float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], const Sight& sight, int tile, bool adds) {
-    if (!adds) {
-#pragma unroll
-      for (int i = 0; i < OUTPUTS; i++) out[i] = 0.0f;
-    }
-    add_seen_values(out, probabilities, v_tiles + values.stage() * KEY_BYTES, sight, group, tile);
+  const auto skip_values = [&] {
+    wait(&barriers->v_full[values.stage()], values.parity());
     release_values();
   };
-  // Take the scores of a tile into the softmax. The compiler moves no exponential past the wait for the next keys, so that
-  // they overlap with the products under way.
-  const auto take_scores = [&](
-      float (&scores)[SCORES], SoftmaxState& state, const Sight& sight, int tile, int stop_tile, auto is_first,
-      auto hides) {
-    release_keys();
-    if constexpr (decltype(hides)::value) hide(scores, sight, group, tile);
-    update_softmax<decltype(is_first)::value>(state, scores, scale_log2);
-    settle(scores), settle(state.row_sum[0]), settle(state.row_sum[1]);
-    if (tile + 1 < stop_tile) wait(&barriers->k_full[keys.stage()], keys.parity());
+  // Give the room of the last query tile's results to the queries that come there.
+  const auto release_staged = [&] {
+    if (!is_storing) return;
+    finish_stores();
+    release(&barriers->q_empty[queries.stage_before()][group]);
+    is_storing = false;
   };
-  const auto store_result = [&](float (&out)[OUTPUTS], const SoftmaxState& state) {
-    const Work work = work_places(shared)[queries.stage()];
-    finish(out, state, queries_of(queries.stage()), parameters, work, group, out_bytes, lse_bytes);
-    release(&barriers->q_empty[queries.stage()][group]);
-    queries.advance();
+  const auto store_result = [&](float (&out)[OUTPUTS], const SoftmaxState& state, bool has_keys) {
+    const Work work = work_places(shared)[places.stage()];
+    const int stage = keys.stage_before();
+    finish(
+        out, state, queries_of(queries.stage()), has_keys ? shared + K_OFFSET + stage * KEY_BYTES : nullptr,
+        &barriers->k_read, last_keys.parity(), parameters, work, group, out_bytes, lse_bytes, repair_bytes);
+    places.advance();
+    if (STAGES_IN_KEYS && has_keys) {
+      finish_stores();
+      release(&barriers->k_empty[stage]);
+      last_keys.advance();
+    } else {
+      queries.advance();
+      is_storing = true;
+      if (QUERY_STAGES == 1) release_staged();
+    }
   };
 
   if (group == CONSUMERS - 1) end_turn(group);  // the first warpgroup begins
@@ -761,46 +920,53 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     if (work.row == NO_ROW) break;
     SoftmaxState state = {{-infinity(), -infinity()}, {{0.0f, 0.0f}, {0.0f, 0.0f}}, {1.0f, 1.0f}};
     if (work.first_tile == work.stop_tile) {
+      release_staged();
       float out[OUTPUTS] = {};
-      store_result(out, state);
+      store_result(out, state, false);
       continue;
     }
     float out[OUTPUTS], scores[SCORES];
     unsigned probabilities[SCORES / 2];
-    const Sight sight(problem, work);
+    const Sight sight(problem, work, group);
+    const int first_tile = sight.first_tile(), stop_tile = sight.stop_tile(first_tile);
+    const int first_whole = sight.first_whole(), stop_whole = sight.stop_whole();
+    // Take the scores of a tile into the softmax. The compiler moves no exponential past the wait for the next keys, so
+    // that they overlap with the products under way.
+    const auto take_scores = [&](int tile, auto is_first, auto hides_before, auto hides_after) {
+      constexpr bool FIRST = decltype(is_first)::value, BEFORE = decltype(hides_before)::value;
+      release_keys(tile + 1 == work.stop_tile);
+      if (STAGES_IN_KEYS && tile + 1 == stop_tile) {
+        release(&barriers->q_empty[queries.stage()][group]);
+        queries.advance();
+      }
+      if (FIRST) {
+        if (tile < first_whole || tile >= stop_whole) hide<MASKED>(scores, sight, tile);
+      } else if (BEFORE || decltype(hides_after)::value) {
+        hide<BEFORE>(scores, sight, tile);
+      }
+      update_softmax<FIRST>(state, scores, scale_log2);
+      settle(scores), settle(state.row_sum[0]), settle(state.row_sum[1]);
+      if (tile + 1 < stop_tile) wait(&barriers->k_full[keys.stage()], keys.parity());
+    };
+    for (int tile = work.first_tile; tile < first_tile; tile++) skip_keys(false), skip_values();
     wait(&barriers->k_full[keys.stage()], keys.parity());
     start_next_scores(scores);
-    // Looked at while the products are under way
-    bool is_special = are_special(sight, work.first_tile, values);
+    release_staged();
     wait_for_products<0>();
-    take_scores(scores, state, sight, work.first_tile, work.stop_tile, Constant<true>(), Constant<true>());
+    take_scores(first_tile, Constant<true>(), Constant<true>(), Constant<true>());
     round_probabilities(probabilities, scores);
 
     bool adds = false;  // whether the output holds the values of a tile
     // The scores of a tile, and meanwhile the values of the one before.
-    const auto take_tile = [&](int tile, auto hides, auto hidden_before) {
-      constexpr bool HIDES = decltype(hides)::value, HIDDEN_BEFORE = MASKED && decltype(hidden_before)::value;
-      if (HIDDEN_BEFORE && is_special) {
-        add_special_values(out, probabilities, sight, tile - 1, adds);
-        await_turn(group);
-        start_next_scores(scores);
-        end_turn(group);
-        is_special = HIDES && are_special(sight, tile, values);
-        wait_for_products<0>();
-        take_scores(scores, state, sight, tile, work.stop_tile, Constant<false>(), hides);
-      } else {
-        await_turn(group);
-        start_next_scores(scores);
-        start_next_values(out, probabilities, adds);
-        end_turn(group);
-        Ring<VALUE_STAGES> next = values;
-        next.advance();
-        is_special = HIDES && are_special(sight, tile, next);
-        wait_for_products<1>();
-        take_scores(scores, state, sight, tile, work.stop_tile, Constant<false>(), hides);
-        wait_for_products<0>();
-        release_values();
-      }
+    const auto take_tile = [&](int tile, auto hides_before, auto hides_after) {
+      await_turn(group);
+      start_next_scores(scores);
+      start_next_values(out, probabilities, adds);
+      end_turn(group);
+      wait_for_products<1>();
+      take_scores(tile, Constant<false>(), hides_before, hides_after);
+      wait_for_products<0>();
+      release_values();
       adds = true;
       round_probabilities(probabilities, scores);
       // Most tiles raise no maximum of a warp's rows: a correction by 1 changes no bit.
@@ -809,26 +975,26 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
         for (int i = 0; i < OUTPUTS; i++) out[i] = __fmul_rn(out[i], state.correction[i / 2 % 2]);
       }
     };
-    int tile = work.first_tile + 1;
-    const int stop_whole = min(work.stop_tile, sight.stop_whole());
+    int tile = first_tile + 1;
     if (MASKED) {
-      const int first_whole = min(work.stop_tile, sight.first_whole());
-      for (; tile < first_whole; tile++) take_tile(tile, Constant<true>(), Constant<true>());
-      if (tile < stop_whole) take_tile(tile++, Constant<false>(), Constant<true>());
+      for (; tile < min(stop_tile, first_whole); tile++) take_tile(tile, Constant<true>(), Constant<true>());
     }
-    for (; tile < stop_whole; tile++) take_tile(tile, Constant<false>(), Constant<false>());
-    for (; tile < work.stop_tile; tile++) take_tile(tile, Constant<true>(), Constant<true>());
+    for (; tile < min(stop_tile, stop_whole); tile++) take_tile(tile, Constant<false>(), Constant<false>());
+    for (; tile < stop_tile; tile++) take_tile(tile, Constant<false>(), Constant<true>());
 
-    if (MASKED && is_special) {
-      add_special_values(out, probabilities, sight, work.stop_tile - 1, adds);
-    } else {
-      start_next_values(out, probabilities, adds);
-      wait_for_products<0>();
-      release_values();
+    start_next_values(out, probabilities, adds);
+    // The other warpgroups wait for this one's turn.
+    if (tile < work.stop_tile) skip_keys(tile + 1 == work.stop_tile);
+    wait_for_products<0>();
+    release_values();
+    for (; tile < work.stop_tile; tile++) {
+      if (tile > stop_tile) skip_keys(tile + 1 == work.stop_tile);
+      skip_values();
     }
-    store_result(out, state);
+    store_result(out, state, true);
   }
-  out_bytes.flush(), lse_bytes.flush();
+  release_staged();
+  out_bytes.flush(), lse_bytes.flush(), repair_bytes.flush();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -836,6 +1002,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   char* const shared = reinterpret_cast<char*>(shared_memory());
   Barriers* const barriers = reinterpret_cast<Barriers*>(shared + BARRIERS_OFFSET);
   if (threadIdx.x == 0) {
+    prefetch_map(&parameters.q_map), prefetch_map(&parameters.k_map);
+    prefetch_map(&parameters.v_map), prefetch_map(&parameters.out_map);
     for (int group = 0; group < CONSUMERS; group++) {
       for (int stage = 0; stage < QUERY_STAGES; stage++) {
         init_barrier(&barriers->q_full[stage][group], 1);
@@ -850,6 +1018,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       init_barrier(&barriers->v_full[stage], 1);
       init_barrier(&barriers->v_empty[stage], 4 * CONSUMERS);
     }
+    if (STAGES_IN_KEYS) init_barrier(&barriers->k_read, 4 * CONSUMERS);
     publish_barriers();
   }
   __syncthreads();

@@ -142,23 +142,8 @@ DEVICE void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// A barrier of some of the block's warps that tells whether any of their threads says so.
-DEVICE bool sync_named_any(int number, int threads, bool given) {
-  int any;
-  asm volatile(
-      "{\n"
-      ".reg .pred given, any;\n"
-      "setp.ne.b32 given, %1, 0;\n"
-      "barrier.cta.red.or.pred any, %2, %3, given;\n"
-      "selp.b32 %0, 1, 0, any;\n"
-      "}\n"
-      : "=r"(any)
-      : "r"(static_cast<int>(given)), "r"(number), "r"(threads)
-      : "memory");
-  return any;
-}
-
-DEVICE int first_lane(int number) { return __shfl_sync(ALL_LANES, number, 0); }
+// A number that is the same in all lanes, in a register of which the compiler knows that.
+DEVICE int uniform(int number) { return __reduce_or_sync(ALL_LANES, number); }
 
 DEVICE bool any_lane(bool condition) { return __any_sync(ALL_LANES, condition); }
 

@@ -131,6 +131,14 @@ DEVICE float maximum_number(float a, float b) {
   return larger;
 }
 
+DEVICE bool is_either_nan(float a, float b) {
+  int either;
+  asm("{\n.reg .pred either;\nsetp.nan.f32 either, %1, %2;\nselp.b32 %0, 1, 0, either;\n}\n"
+      : "=r"(either)
+      : "f"(a), "f"(b));
+  return either;
+}
+
 // Functions of the hardware, subnormal numbers taken for 0
 
 DEVICE float exp2_approximate(float x) {

@@ -145,11 +145,13 @@ def ragged_metadata_bytes(rows: int, sequences: int, heads: int, tile_rows: int)
 
 # Plans
 
-FORWARD_TILES = {64: (192, 128), 96: (128, 128), 128: (192, 80), 192: (128, 112), 256: (128, 80)}
-SHORT_FORWARD_TILES = {**FORWARD_TILES, 128: (128, 128)}
+FORWARD_TILES = {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 112), 256: (128, 80)}
+SHORT_FORWARD_TILES = {**FORWARD_TILES, 96: (128, 128), 128: (128, 176)}
+MASKED_FORWARD_TILES = {**FORWARD_TILES, 96: (192, 96), 128: (128, 160), 192: (128, 96)}
+SHORT_MASKED_FORWARD_TILES = {**MASKED_FORWARD_TILES, 96: (128, 128), 128: (128, 128)}
 SHORT_LENGTH = 1536
-"""Tiles (query rows, key rows) of this project's kernel by head dimension, rounded up: the fastest on an H100, and
-those under a mask or for fewer keys."""
+"""Tiles (query rows, key rows) of this project's kernel by head dimension, rounded up: the fastest on an H100 without and
+with a mask, and for rows that see fewer keys than the length given."""
 
 FLOAT8_FORWARD_TILES = {64: (192, 160), 96: (192, 128), 128: (128, 224), 192: (128, 160), 256: (128, 128)}
 BACKWARD_TILES = {64: (128, 128), 96: (64, 128), 128: (80, 128), 192: (64, 96), 256: (64, 80)}
@@ -160,6 +162,15 @@ MASKED_BACKWARD_TILES = {**BACKWARD_TILES, 128: (64, 128)}
 def is_masked(problem: AttentionProblem) -> bool:
     """Say whether the kernels for causal and windowed attention run."""
     return problem.causal or problem.window is not None
+
+
+def keys_of_a_row(problem: AttentionProblem) -> int:
+    """Return how many keys a query sees at most."""
+    left, right = problem.window or (None, None)
+    right = 0 if problem.causal else right
+    if left is None or right is None:
+        return problem.kv_len
+    return min(problem.kv_len, left + right + 1)
 
 
 def plan_defaults(
@@ -181,8 +192,11 @@ def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Directio
     elif problem.is_float8:
         table = FLOAT8_FORWARD_TILES
     else:
-        short = is_masked(problem) or problem.kv_len < SHORT_LENGTH
-        table = SHORT_FORWARD_TILES if short else FORWARD_TILES
+        is_short = keys_of_a_row(problem) < SHORT_LENGTH
+        if is_masked(problem):
+            table = SHORT_MASKED_FORWARD_TILES if is_short else MASKED_FORWARD_TILES
+        else:
+            table = SHORT_FORWARD_TILES if is_short else FORWARD_TILES
     bucket = next((limit for limit in table if columns <= limit), None)
     return candidates(direction, None if bucket is None else table[bucket])
 
