@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cupy_kernels.parameters import STORAGE_TYPES
 from cupy_kernels.program import Program
+from cupy_kernels.ragged import RaggedProblem
 from simattn.hardware import Hardware
 from simattn.plan import Direction, Plan
 from simattn.problem import AttentionProblem
@@ -66,6 +67,10 @@ class KernelAlgorithm:
     arithmetic: Callable[[AttentionProblem, Any], str] = _on_cuda_cores
     why_these_units: Callable[[Direction, AttentionProblem, Any, Hardware], str] = _for_cuda_cores
     ragged: tuple[Direction, ...] = ()
+
+    def directions(self, problem: AttentionProblem) -> Sequence[Direction]:
+        """Return the directions that there are programs for, of sequences with lengths of their own or of one length."""
+        return self.ragged if isinstance(problem, RaggedProblem) else tuple(self.programs)
 
     def dtypes(self, hardware: Hardware) -> tuple[str, ...]:
         """Return the storage formats that there are kernels for on a GPU; none if there are no kernels for it."""

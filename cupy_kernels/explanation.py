@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from types import MappingProxyType
 
-from cupy_kernels.program import Program, Step, Units
-from cupy_kernels.table import ALGORITHMS, DEFAULT_ALGORITHM, default_plan, get_algorithm
+from cupy_kernels.program import Step, Units
+from cupy_kernels.table import ALGORITHMS, DEFAULT_ALGORITHM, Choice, choose_algorithm, default_plan
 from simattn.hardware import Hardware
 from simattn.plan import Direction, Plan
 from simattn.problem import AttentionProblem
@@ -78,7 +78,8 @@ class Explanation:
     reasons
         Why this algorithm, why these units, why this plan.
     others
-        For each other algorithm, why it does not run: what it would be refused with, or that it is not named.
+        For each other algorithm, why it does not run: what it would be refused with, or that it was not asked for and
+        how to. "The default" is what runs without algorithm and plan.
     """
 
     algorithm: str
@@ -129,12 +130,11 @@ class Explanation:
 
 
 def explanation_of(
-    program: Program,
-    plan: Plan,
-    algorithm: str | None,
+    choice: Choice,
     direction: Direction,
     hardware: Hardware,
     *,
+    algorithm_given: bool,
     plan_given: bool,
     device_name: str,
 ) -> Explanation:
@@ -142,23 +142,32 @@ def explanation_of(
 
     Parameters
     ----------
-    program, plan
+    choice
         What it runs.
-    algorithm, direction
-        As the call has them.
+    direction
+        As the call has it.
     hardware
         What kernels are chosen by.
-    plan_given
-        Whether the call has the plan.
+    algorithm_given, plan_given
+        Whether the call names the algorithm, and whether it has the plan.
     device_name
         What to call the GPU.
     """
-    problem, chosen = program.problem, get_algorithm(algorithm)
-    kernels = tuple(KernelLaunch.of(step) for step in program.steps)
+    chosen, plan, problem = choice.algorithm, choice.plan, choice.program.problem
+    kernels = tuple(KernelLaunch.of(step) for step in choice.program.steps)
     arithmetic: str | None = "simt"
     if any(launch.units != "CUDA cores" for launch in kernels):
         modelled = hardware.compute_capability == MODELLED_TENSOR_CORES
         arithmetic = chosen.arithmetic(problem, plan) if modelled else None
+    major, minor = hardware.compute_capability
+    if algorithm_given:
+        why = f"algorithm={chosen.name!r}"
+    elif plan_given:
+        why = f"the plan is a {type(plan).__name__}"
+    elif chosen.name == DEFAULT_ALGORITHM:
+        why = f"{chosen.name} is the default"
+    else:
+        why = f"{chosen.name} is the fastest that takes the problem on compute capability {major}.{minor}"
     return Explanation(
         algorithm=chosen.name,
         direction=direction,
@@ -170,7 +179,7 @@ def explanation_of(
         arithmetic=arithmetic,
         deterministic=direction == "forward" or chosen.is_deterministic(problem, plan),
         reasons=(
-            f"{chosen.name} is the default" if algorithm is None else f"algorithm={algorithm!r}",
+            why,
             chosen.why_these_units(direction, problem, plan, hardware),
             "the plan was given" if plan_given else "the plan is the default",
         ),
@@ -190,7 +199,8 @@ def _others(
         except ValueError as error:
             yield name, f"refused: {error}"
         else:
-            how = "the default" if name == DEFAULT_ALGORITHM else f"algorithm={name!r}"
+            is_default = name == choose_algorithm(None, direction, problem, None, hardware).name
+            how = "the default, without algorithm= and plan=" if is_default else f"algorithm={name!r}"
             yield name, f"not asked for; it takes the problem ({how})"
 
 

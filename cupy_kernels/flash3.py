@@ -56,8 +56,8 @@ SMALLEST_KEY_TILE, LARGEST_KEY_TILE, KEY_MULTIPLE = 64, 256, 16
 
 SLAB_COLUMNS, SLAB_ROW_BYTES = 64, 128
 RINGS = ((2, 4, 4), (2, 2, 2), (1, 2, 2))
-"""Tiles of queries, keys and values in shared memory; the first that fits is taken. On an H100 three were no better than
-two."""
+"""Tiles of queries, keys and values in shared memory; the first that fits is taken. On an H100 three are no better
+than two."""
 
 BARRIER_BYTES, WORK_STAGES, WORK_BYTES = 256, 2, 32
 """Shared memory for the barriers; the places of query tiles in shared memory, and the bytes of each."""

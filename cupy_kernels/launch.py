@@ -31,7 +31,7 @@ from cupy_kernels.counting import CountedTraffic
 from cupy_kernels.parameters import MAP_BYTES, STORAGE_TYPES, check_supported, parameters
 from cupy_kernels.program import Array, Program, Step, workspace_layout
 from cupy_kernels.ragged import OFFSETS, RaggedProblem
-from cupy_kernels.table import chosen_program
+from cupy_kernels.table import choose
 from cupy_kernels.tensor_map import ADDRESS_MULTIPLE, TensorMap
 from simattn.hardware import Hardware, get_hardware
 from simattn.plan import Direction, Plan
@@ -137,7 +137,7 @@ class Launch:
     device
         Number of the device, which must be the current one.
     algorithm, direction, plan
-        What it computes; None for the default algorithm and its default plan.
+        What it computes, as the call has them.
     problem
         The problem.
     given
@@ -166,8 +166,9 @@ class Launch:
         count_traffic: bool,
     ) -> None:
         hardware = present_hardware(device)
-        program = chosen_program(algorithm, direction, problem, plan, hardware, deterministic=deterministic)
-        self.device, self.program = device, program
+        chosen = choose(algorithm, direction, problem, plan, hardware, deterministic=deterministic)
+        program = chosen.program
+        self.device, self.algorithm, self.program = device, chosen.algorithm.name, program
         check_inputs(program, given)
         self.alignment = {array.name: row_alignment(program, array) for array in program.with_role("input")}
         self.extents = {
@@ -301,7 +302,7 @@ def row_alignment(program: Program, array: Array) -> int:
     return (1 if array.kind in ("statistic", "offsets") else 4) * array.numpy_dtype.itemsize
 
 
-def _given_strides(array: Array, given: Description) -> tuple[int, int, int]:
+def _given_strides(array: Array, given: Any) -> tuple[int, int, int]:
     """Return the strides of batch, row and head in elements, 0 along an axis of length 1."""
     steps = [
         stride // array.numpy_dtype.itemsize if size > 1 else 0
@@ -484,5 +485,13 @@ def check_inputs(program: Program, given: Mapping[str, Description]) -> None:
             raise ValueError(f"{name} has shape {found.shape}: expected {array.shape}")
         if found.dtype != array.numpy_dtype:
             raise TypeError(f"{name} has dtype {found.dtype}: expected {array.dtype}")
-        if 0 not in found.shape:
-            check_strides(name, found.shape, found.strides, array.numpy_dtype.itemsize, row_alignment(program, array))
+        check_layout(program, array, found)
+
+
+def check_layout(program: Program, array: Array, given: Any) -> None:
+    """Raise a ValueError unless a program's kernels take the strides of an input."""
+    if 0 in given.shape:
+        return
+    check_strides(array.name, given.shape, given.strides, array.numpy_dtype.itemsize, row_alignment(program, array))
+    for boxes in program.boxes_of(array.name):
+        TensorMap.of(array, boxes, _given_strides(array, given))

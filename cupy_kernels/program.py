@@ -6,7 +6,7 @@ The same program runs on a GPU and in the CPU build.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -286,6 +286,12 @@ class Program:
             for array, name in zip(step.arrays, step.kernel.names, strict=True)
             if name in step.kernel.mapped or (step.kernel.takes_chunks and self.array[array].kind == "matrix")
         )
+
+    def boxes_of(self, name: str) -> Iterator[Boxes]:
+        """Yield how the kernels copy an array by boxes."""
+        for step in self.steps:
+            arrays = dict(zip(step.kernel.names, step.arrays, strict=True))
+            yield from (boxes for boxes in step.kernel.boxes if arrays[boxes.name] == name)
 
     def is_read(self, name: str) -> bool:
         """Say whether a step reads an array."""

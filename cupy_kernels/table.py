@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -20,24 +22,110 @@ from simattn.problem import AttentionProblem
 ALGORITHMS: dict[str, KernelAlgorithm] = {
     item.ALGORITHM.name: item.ALGORITHM for item in (flash2, flash1, standard, flash3)
 }
-"""Algorithms that there are kernels for, by name; the first is the default."""
+"""Algorithms that there are kernels for, by name."""
 
-DEFAULT_ALGORITHM = next(iter(ALGORITHMS))
+DEFAULT_ALGORITHM = "flash2"
+"""Runs on every device."""
+
+UNNAMED = ("flash3", DEFAULT_ALGORITHM)
+"""What a call runs that names neither algorithm nor plan: the first that takes its problem, the fastest first.
+
+All save the same arrays, so that the backward pass of one takes what the forward pass of another saved."""
 
 
-def get_algorithm(name: str | None) -> KernelAlgorithm:
-    """Return an algorithm by name, or the default one.
+@dataclass(frozen=True)
+class Choice:
+    """What a call runs.
+
+    Attributes
+    ----------
+    algorithm, plan, program
+        Chosen by what the call names, its problem and its device.
+    """
+
+    algorithm: KernelAlgorithm
+    plan: Plan
+    program: Program
+
+
+def get_algorithm(name: str) -> KernelAlgorithm:
+    """Return an algorithm by name.
 
     Raises
     ------
     ValueError
         If there are no kernels of that name.
     """
-    if name is None:
-        return ALGORITHMS[DEFAULT_ALGORITHM]
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise ValueError(f"algorithm={name!r} has no kernel: expected one of {tuple(ALGORITHMS)}")
     return ALGORITHMS[name]
+
+
+def candidates(algorithm: str | None, plan: Plan | None) -> tuple[KernelAlgorithm, ...]:
+    """Return the algorithms of which a call runs the first that takes its problem: more than one if it names nothing.
+
+    Raises
+    ------
+    TypeError
+        If no algorithm is named and the plan is none's.
+    ValueError
+        If there are no kernels of that name.
+    """
+    if algorithm is not None:
+        return (get_algorithm(algorithm),)
+    if plan is None:
+        return _UNNAMED
+    for item in ALGORITHMS.values():
+        if type(plan) is item.plan_class:
+            return (item,)
+    expected = tuple(item.plan_class.__name__ for item in ALGORITHMS.values())
+    raise TypeError(f"plan is a {type(plan).__name__}: expected one of {expected}")
+
+
+_UNNAMED = tuple(get_algorithm(name) for name in UNNAMED)
+
+
+def choose_algorithm(
+    algorithm: str | None, direction: Direction, problem: AttentionProblem, plan: Plan | None, hardware: Hardware
+) -> KernelAlgorithm:
+    """Return the algorithm that a call runs: the named one, else the plan's, else the fastest that takes the problem.
+
+    Parameters
+    ----------
+    algorithm, plan
+        As the call has them.
+    direction, problem, hardware
+        What is to run where.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If no algorithm has kernels for it.
+    """
+    found = candidates(algorithm, plan)
+    check_supported(problem)
+    able = [item for item in found if direction in item.directions(problem)]
+    for item in able:
+        if item.refusal(problem, hardware) is None:
+            return item
+    _refuse((able or found)[-1], direction, problem, hardware)
+
+
+def _refuse(refused: KernelAlgorithm, direction: Direction, problem: AttentionProblem, hardware: Hardware) -> NoReturn:
+    """Raise a ValueError that says why an algorithm has no kernels for a problem."""
+    name = refused.name
+    if direction not in refused.programs:
+        others = tuple(other for other, item in ALGORITHMS.items() if direction in item.programs)
+        if others:
+            raise ValueError(f"algorithm={name!r} has no kernel for the {direction} pass: expected one of {others}")
+        raise ValueError(f"direction={direction!r}: expected one of {tuple(refused.programs)}")
+    if direction not in refused.directions(problem):
+        others = tuple(other for other, item in ALGORITHMS.items() if direction in item.ragged)
+        expected = f"one of {others}, or sequences of one length each" if others else "sequences of one length each"
+        raise ValueError(
+            f"algorithm={name!r} takes no cu_seqlens_q and cu_seqlens_k for the {direction} pass: expected {expected}"
+        )
+    raise ValueError(refused.refusal(problem, hardware))
 
 
 def default_plan(
@@ -50,7 +138,8 @@ def default_plan(
 ) -> Plan:
     """Return the plan that the calls use when none is given.
 
-    It depends on the device only if the device has too little shared memory for the best tiles; so then do the bits.
+    It depends on the GPU, and so do the bits: by the algorithm if none is named, by what tensor cores take, and by how much
+    shared memory there is for tiles.
 
     Parameters
     ----------
@@ -59,7 +148,8 @@ def default_plan(
     hardware
         Name or row of a GPU.
     algorithm
-        "flash2", the default, "flash1", "standard" or, forward on Hopper, "flash3".
+        "flash3", "flash2", "flash1" or "standard". Default: forward "flash3" if it takes the problem on this GPU (16-bit
+        inputs, compute capability 9.0), otherwise "flash2".
     direction
         "forward" for :func:`cupy_kernels.attention`, "backward" for :func:`cupy_kernels.attention_backward`.
     deterministic
@@ -71,10 +161,7 @@ def default_plan(
         If the kernels do not take the problem, or no tiles fit.
     """
     gpu = get_hardware(hardware)
-    chosen = _algorithm_for(algorithm, direction, problem, gpu)
-    plan = chosen.default_plans[direction](problem, gpu, deterministic)
-    chosen.programs[direction](problem, plan, gpu)  # raises for what the kernels do not take
-    return plan
+    return choose(algorithm, direction, problem, None, gpu, deterministic=deterministic).plan
 
 
 def make_program(
@@ -90,45 +177,19 @@ def make_program(
         If there are no kernels for it.
     """
     gpu = get_hardware(hardware)
-    chosen = _algorithm_for(algorithm, direction, problem, gpu)
+    return _program_of(choose_algorithm(algorithm, direction, problem, plan, gpu), direction, problem, plan, gpu)
+
+
+def _program_of(
+    chosen: KernelAlgorithm, direction: Direction, problem: AttentionProblem, plan: Plan, gpu: Hardware
+) -> Program:
     if not isinstance(plan, chosen.plan_class):
         expected = f"{chosen.plan_class.__module__}.{chosen.plan_class.__name__}"
         raise TypeError(f"plan is a {type(plan).__name__}: expected a {expected}")
     return chosen.programs[direction](problem, plan, gpu)
 
 
-def _algorithm_for(
-    algorithm: str | None, direction: Direction, problem: AttentionProblem, gpu: Hardware
-) -> KernelAlgorithm:
-    """Return an algorithm that has kernels for the problem.
-
-    Raises
-    ------
-    ValueError
-        If it has none.
-    """
-    chosen = get_algorithm(algorithm)
-    if direction not in chosen.programs:
-        others = tuple(name for name, other in ALGORITHMS.items() if direction in other.programs)
-        if others:
-            raise ValueError(
-                f"algorithm={chosen.name!r} has no kernel for the {direction} pass: expected one of {others}"
-            )
-        raise ValueError(f"direction={direction!r}: expected one of {tuple(chosen.programs)}")
-    if isinstance(problem, RaggedProblem) and direction not in chosen.ragged:
-        others = tuple(name for name, other in ALGORITHMS.items() if direction in other.ragged)
-        raise ValueError(
-            f"algorithm={chosen.name!r} takes no cu_seqlens_q and cu_seqlens_k for the {direction} pass: expected one "
-            f"of {others}, or sequences of one length each"
-        )
-    check_supported(problem)
-    refusal = chosen.refusal(problem, gpu)
-    if refusal is not None:
-        raise ValueError(refusal)
-    return chosen
-
-
-def chosen_program(
+def choose(
     algorithm: str | None,
     direction: Direction,
     problem: AttentionProblem,
@@ -136,8 +197,8 @@ def chosen_program(
     hardware: Hardware,
     *,
     deterministic: bool,
-) -> Program:
-    """Return the program that a call runs.
+) -> Choice:
+    """Return what a call runs.
 
     Raises
     ------
@@ -146,14 +207,13 @@ def chosen_program(
     """
     if not isinstance(deterministic, (bool, np.bool_)):
         raise TypeError(f"deterministic={deterministic!r}: expected a bool")
+    chosen = choose_algorithm(algorithm, direction, problem, plan, hardware)
     if plan is None:
-        plan = default_plan(
-            problem, hardware, algorithm=algorithm, direction=direction, deterministic=bool(deterministic)
-        )
-    program = make_program(algorithm, direction, problem, plan, hardware)
-    if deterministic and not get_algorithm(algorithm).is_deterministic(problem, plan):
+        plan = chosen.default_plans[direction](problem, hardware, bool(deterministic))
+    program = _program_of(chosen, direction, problem, plan, hardware)
+    if deterministic and direction == "backward" and not chosen.is_deterministic(problem, plan):
         raise ValueError(f"deterministic=True, and plan={plan} adds in no fixed order: expected another plan")
-    return program
+    return Choice(chosen, plan, program)
 
 
 def default_programs(problem: AttentionProblem, hardware: str | Hardware = DEFAULT_HARDWARE) -> Iterator[Program]:
@@ -162,7 +222,7 @@ def default_programs(problem: AttentionProblem, hardware: str | Hardware = DEFAU
     for name, chosen in ALGORITHMS.items():
         if chosen.refusal(problem, gpu) is not None:
             continue
-        for direction in chosen.ragged if isinstance(problem, RaggedProblem) else chosen.programs:
+        for direction in chosen.directions(problem):
             found = {default_plan(problem, gpu, algorithm=name, direction=direction, deterministic=repeats)
                      for repeats in ((False, True) if direction == "backward" else (True,))}  # fmt: skip
             for plan in sorted(found, key=repr):

@@ -96,7 +96,9 @@ RESULTS: dict[Direction, tuple[str, ...]] = {"forward": ("out", "lse"), "backwar
 
 ProgramName = tuple[str, Direction]
 
-PROGRAMS: tuple[ProgramName, ...] = tuple((name, direction) for name, item in ALGORITHMS.items() for direction in item.programs)
+PROGRAMS: tuple[ProgramName, ...] = tuple(
+    (name, direction) for name, item in ALGORITHMS.items() for direction in item.programs
+)
 """Every algorithm and direction that there are kernels for."""
 
 # Cases

@@ -108,15 +108,19 @@ def differences(tally: dict[str, Any]) -> str:
 
 
 class KernelBits(MarkdownDirective):
-    """The measurement that holds the kernels' bits and counts against the simulated machine's."""
+    """The measurements that hold the kernels' bits and counts against the simulated machine's."""
 
     def lines(self) -> list[str]:
         """Return a row per program, and their sum."""
-        report = measurement("simt-bits")
+        report, with_cuda_12 = measurement("kernel-bits"), measurement("kernel-bits-cuda12")
         by_kind = report["problems_by_kind"]
         dtypes = list(dict.fromkeys(kind.split()[2] for kind in sorted(by_kind)))
         programs = list(dict.fromkeys(tuple(kind.split()[:2]) for kind in sorted(by_kind)))
-        rows = [[*program, *(f"{by_kind[' '.join((*program, dtype))]:,}" for dtype in dtypes)] for program in programs]
+        counts = [[by_kind.get(" ".join((*program, dtype)), 0) for dtype in dtypes] for program in programs]
+        rows = [
+            [*program, *(f"{count:,}" if count else "" for count in found)]
+            for program, found in zip(programs, counts, strict=True)
+        ]
         return [
             f"{measured_on(report)}: {differences(report['tally'])}.",
             "",
@@ -124,8 +128,9 @@ class KernelBits(MarkdownDirective):
                 ["algorithm", "direction", *(f"{dtype} problems" for dtype in dtypes)], rows, align="llrrr"
             ),
             "",
-            f"With CUDA 12 ({measurement('simt-bits-cuda12')['versions']['compiler']}): "
-            f"{differences(measurement('simt-bits-cuda12')['tally'])}.",
+            f"`flash3` alone (`--algorithm flash3`): {differences(measurement('flash3-bits')['tally'])}. The kernels "
+            f"on CUDA cores with CUDA 12 ({with_cuda_12['versions']['compiler']}): "
+            f"{differences(with_cuda_12['tally'])}.",
         ]
 
 
@@ -134,7 +139,7 @@ class KernelSanitizer(MarkdownDirective):
 
     def lines(self) -> list[str]:
         """Return one sentence."""
-        report = measurement("simt-sanitizer")
+        report = measurement("kernel-sanitizer")
         found = ", ".join(
             f"{name} {tool['errors']} errors on {tool['tally']['problems']} problems"
             for name, tool in report["tools"].items()
@@ -274,35 +279,40 @@ class TensorCoreSummary(MarkdownDirective):
 
 
 class HopperModels(MarkdownDirective):
-    """How far the models of Hopper's arithmetic are proven."""
+    """What proves the models of Hopper's arithmetic."""
 
     def lines(self) -> list[str]:
         """Return a list."""
-        from cupy_kernels.derive_special_functions import DEVICE_NAMES
-
-        report = measurement("hopper-models")
-        device, functions, forms = report["device"], report["functions"], report["forms"]
+        functions, products = measurement("special-functions"), measurement("tensor-cores")
         lines = [
-            f"- {device}, `{name}`: {found['differing_inputs']} of {found['inputs']:,} inputs differ; the table fitted "
-            f"to it {'is' if found['as_installed'] else 'is not'} the one that is installed."
-            for name, found in functions.items()
+            f"- `{name}`: {found['differing_inputs']} of {found['inputs']:,} inputs differ; the table fitted to this "
+            f"device {'is' if found['as_installed'] else 'is not'} the one that is installed."
+            for name, found in functions["functions"].items()
         ]
-        sums, differing = (sum(form[name] for form in forms) for name in ("sums", "differing_sums"))
-        lines.append(
-            f"- {device}, {len(forms)} of {report['forms_in_all']} forms: {differing} of {sums:,} sums differ. "
-            f"The forms are {'; '.join(form['form'] for form in forms)}."
-        )
-        left = ", ".join(f"`{name}`" for name in DEVICE_NAMES if name not in functions)
-        others = report["forms_in_all"] - len(forms)
-        return [*lines, f"- Not run yet: {left}; {others} forms of products, those of `mma.sync` among them."]
+        wgmma, by_warp = products["wgmma"], products["mma.sync"]
+        differing = sum(form["differing_sums"] for form in wgmma["instructions"])
+        models = [
+            {model for model, differences in form["differing"].items() if not differences}
+            for form in by_warp["instructions"]
+        ]
+        return [
+            f"{measured_on(functions)}:",
+            "",
+            *lines,
+            f"- `wgmma`, {len(wgmma['instructions'])} forms: {differing} of {wgmma['sums']:,} sums differ.",
+            f"- `mma.sync`, {len(by_warp['instructions'])} forms: no sum of {by_warp['sums']:,} differs from dot-adds "
+            f"of {', '.join(sorted(set.intersection(*models)))}, and every other model that was tried differs in some.",
+        ]
 
 
 class KernelHost(MarkdownDirective):
-    """What calls and compilation cost the host."""
+    """What calls and compilation cost the host, by the name of a measurement."""
+
+    required_arguments = 1
 
     def lines(self) -> list[str]:
         """Return a list."""
-        report = measurement("simt-speed")
+        report = measurement(self.arguments[0])
         host, peak = report["host"], report["fp32_peak_flops_per_second"] / 1e12
         slowest = max(host["first_load_seconds"].items(), key=lambda item: item[1])
         launch = host["launch_microseconds"]

@@ -126,8 +126,15 @@ class Ring {
   DEVICE unsigned parity() const { return turn_ / LENGTH & 1; }
   DEVICE int stage_before() const { return (turn_ - 1) % LENGTH; }
   DEVICE void advance() { turn_++; }
+  // Go to the turn before another ring's.
+  template <int OTHER_LENGTH>
+  DEVICE void follow(const Ring<OTHER_LENGTH>& other) {
+    turn_ = other.turn_ - 1;
+  }
 
  private:
+  template <int>
+  friend class Ring;
   unsigned turn_ = 0;
 };
 
@@ -471,6 +478,12 @@ class Sight {
   int group_;
 };
 
+// How many of the thread's keys in a tile come before one, 2 of every 8.
+DEVICE int keys_before(int key) { return key <= 0 ? 0 : key / 8 * 2 + min(key % 8, 2); }
+
+// The bits from a number on, of 32.
+DEVICE unsigned bits_from(int bit) { return bit >= 32 ? 0 : ~0u << max(bit, 0); }
+
 // Hide the keys of a tile that rows do not see, before the first ones and from the last ones on.
 template <bool BEFORE>
 DEVICE void hide(float (&scores)[SCORES], const Sight& sight, int tile) {
@@ -478,14 +491,16 @@ DEVICE void hide(float (&scores)[SCORES], const Sight& sight, int tile) {
   const int before = tile * KEY_ROWS + 2 * place.quad;
 #pragma unroll
   for (int row = 0; row < 2; row++) {
-    const int first = sight.first_key(place.row + 8 * row) - before, stop = sight.stop_key(place.row + 8 * row) - before;
+    const int first = keys_before(sight.first_key(place.row + 8 * row) - before);
+    const int stop = keys_before(sight.stop_key(place.row + 8 * row) - before);
 #pragma unroll
-    for (int i = 2 * row; i < SCORES; i += 4) {
+    for (int word = 0; word < SCORES / 2; word += 32) {
+      // A bit for each key: the compiler moves several at a time to predicates.
+      const unsigned seen = (BEFORE ? bits_from(first - word) : ~0u) & ~bits_from(stop - word);
 #pragma unroll
-      for (int side = 0; side < 2; side++) {
-        const int key = i / 4 * 8 + side;
-        const bool seen = BEFORE ? key >= first && key < stop : key < stop;
-        scores[i + side] = seen ? scores[i + side] : -infinity();
+      for (int bit = 0; bit < 32 && word + bit < SCORES / 2; bit++) {
+        float& score = scores[(word + bit) / 2 * 4 + 2 * row + bit % 2];
+        score = seen >> bit & 1 ? score : -infinity();
       }
     }
   }
@@ -948,7 +963,11 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
       settle(scores), settle(state.row_sum[0]), settle(state.row_sum[1]);
       if (tile + 1 < stop_tile) wait(&barriers->k_full[keys.stage()], keys.parity());
     };
-    for (int tile = work.first_tile; tile < first_tile; tile++) skip_keys(false), skip_values();
+    for (int tile = work.first_tile; tile < first_tile; tile++) {
+      skip_keys(false);
+      values.follow(keys);
+      skip_values();
+    }
     wait(&barriers->k_full[keys.stage()], keys.parity());
     start_next_scores(scores);
     release_staged();
@@ -961,6 +980,7 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     const auto take_tile = [&](int tile, auto hides_before, auto hides_after) {
       await_turn(group);
       start_next_scores(scores);
+      values.follow(keys);  // not kept beside them, so that one number is left to carry from tile to tile
       start_next_values(out, probabilities, adds);
       end_turn(group);
       wait_for_products<1>();
@@ -982,6 +1002,7 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     for (; tile < min(stop_tile, stop_whole); tile++) take_tile(tile, Constant<false>(), Constant<false>());
     for (; tile < stop_tile; tile++) take_tile(tile, Constant<false>(), Constant<true>());
 
+    values.follow(keys);
     start_next_values(out, probabilities, adds);
     // The other warpgroups wait for this one's turn.
     if (tile < work.stop_tile) skip_keys(tile + 1 == work.stop_tile);
