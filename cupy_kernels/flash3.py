@@ -69,11 +69,17 @@ WARP_ROWS = 16
 TURNS_COLUMNS = 192
 """Columns up to which the warpgroups issue their products in turns."""
 
-SECTION_BYTES = 9 << 20
-"""Keys and values that are worked on at a time under a mask: what the L2 cache keeps beside the rest."""
+SECTION_BYTES = (8 << 20, 10 << 20, 12 << 20, 14 << 20, 16 << 20)
+"""Keys and values to work on at a time under a mask, to choose from: what the L2 cache keeps beside the rest."""
+
+MOST_TILES_COMPARED = 20_000
+"""Query tiles above which the first choice is taken; then they are many for each thread block."""
 
 TILE_OVERHEAD = 1.5
 """What a query tile costs besides the tiles of keys that it visits, in tiles of keys."""
+
+LAST_SHARE = 0.03
+"""How much of the work under a mask is left for the end, in the shortest tiles."""
 
 LARGEST_TILE_NUMBER = (1 << 31) - 1
 LAST_OF_BLOCK = 1 << 31
@@ -269,21 +275,31 @@ def assignment(problem: AttentionProblem, plan: Flash3Plan, blocks: int) -> list
     """Return the query tiles of every thread block, each at least one, in order.
 
     The L2 cache holds the keys and values of the matrices that are worked on at a time. Of these, the tiles that visit
-    most keys come first, each for the block that has the least to do so far.
+    most keys come first, each for the block that has the least to do so far; the shortest of all matrices come last.
+    How many matrices they are is what lets the blocks end at about the same time.
     """
     matrices, costs = matrices_of(problem, plan), key_tiles(problem, plan)
-    section = section_of(problem, plan)
-    order = np.argsort(-costs, kind="stable").tolist()
-    times = (costs + TILE_OVERHEAD).tolist()
-    taken: list[list[int]] = [[] for _ in range(blocks)]
-    loads = [(0.0, block) for block in range(blocks)]
-    for first in range(0, matrices, section):
-        for tile in order:
-            for matrix in range(first, min(first + section, matrices)):
-                load, block = loads[0]
-                taken[block].append(matrix * len(order) + tile)
-                heapq.heapreplace(loads, (load + times[tile], block))
-    return taken
+    order = np.argsort(-costs, kind="stable")
+    times = costs[order] + TILE_OVERHEAD
+    first_of_last = int(np.count_nonzero(np.cumsum(times[::-1]) > LAST_SHARE * times.sum()))
+    tiles = list(zip(order.tolist(), times.tolist(), strict=True))
+
+    def assign(section: int) -> tuple[float, list[list[int]]]:
+        taken: list[list[int]] = [[] for _ in range(blocks)]
+        loads = [(0.0, block) for block in range(blocks)]
+        work = [(tiles[:first_of_last], range(first, first + section)) for first in range(0, matrices, section)]
+        for some_tiles, some_matrices in (*work, (tiles[first_of_last:], range(matrices))):
+            for tile, time in some_tiles:
+                for matrix in range(some_matrices.start, min(some_matrices.stop, matrices)):
+                    load, block = loads[0]
+                    taken[block].append(matrix * len(tiles) + tile)
+                    heapq.heapreplace(loads, (load + time, block))
+        return max(loads)[0], taken
+
+    choices = sections(problem, plan)
+    if matrices * len(tiles) > MOST_TILES_COMPARED:
+        choices = choices[:1]
+    return min(map(assign, choices), key=lambda assigned: assigned[0])[1]
 
 
 def schedule(problem: AttentionProblem, plan: Flash3Plan, blocks: int) -> npt.NDArray[np.int32]:
@@ -296,11 +312,12 @@ def schedule(problem: AttentionProblem, plan: Flash3Plan, blocks: int) -> npt.ND
     return words.reshape(-1).view(np.int32)
 
 
-def section_of(problem: AttentionProblem, plan: Flash3Plan) -> int:
-    """Return how many query matrices to work on at a time, so that the L2 cache holds their keys and values."""
-    key_bytes = problem.kv_len * (problem.head_dim + problem.value_dim) * problem.item_bytes
-    key_matrices = max(1, SECTION_BYTES // max(1, key_bytes))
-    return max(1, min(matrices_of(problem, plan), key_matrices * (problem.group_size // plan.packed_heads)))
+def sections(problem: AttentionProblem, plan: Flash3Plan) -> list[int]:
+    """Return how many query matrices may be worked on at a time, so that the L2 cache holds their keys and values."""
+    key_bytes = max(1, problem.kv_len * (problem.head_dim + problem.value_dim) * problem.item_bytes)
+    sharing = problem.group_size // plan.packed_heads
+    chosen = {min(matrices_of(problem, plan), max(1, size // key_bytes) * sharing) for size in SECTION_BYTES}
+    return sorted(max(1, section) for section in chosen)
 
 
 ALGORITHM = KernelAlgorithm(

@@ -12,7 +12,7 @@ class ByteCounter {
 
  private:
   unsigned long long* total_;
-  unsigned bytes_;
+  unsigned long long bytes_;
 };
 #else
 class ByteCounter {

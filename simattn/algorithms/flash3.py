@@ -147,11 +147,11 @@ def ragged_metadata_bytes(rows: int, sequences: int, heads: int, tile_rows: int)
 
 FORWARD_TILES = {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 112), 256: (128, 80)}
 SHORT_FORWARD_TILES = {**FORWARD_TILES, 96: (128, 128), 128: (128, 176)}
-MASKED_FORWARD_TILES = {**FORWARD_TILES, 96: (192, 96), 128: (128, 160), 192: (128, 96)}
+MASKED_FORWARD_TILES = {**FORWARD_TILES, 96: (192, 96), 192: (128, 96)}
 SHORT_MASKED_FORWARD_TILES = {**MASKED_FORWARD_TILES, 96: (128, 128), 128: (128, 128)}
 SHORT_LENGTH = 1536
-"""Tiles (query rows, key rows) of this project's kernel by head dimension, rounded up: the fastest on an H100 without and
-with a mask, and for rows that see fewer keys than the length given."""
+"""Tiles (query rows, key rows) of this project's kernel by head dimension, rounded up: the fastest on an H100 without
+and with a mask, and for rows that see fewer keys than the length given."""
 
 FLOAT8_FORWARD_TILES = {64: (192, 160), 96: (192, 128), 128: (128, 224), 192: (128, 160), 256: (128, 128)}
 BACKWARD_TILES = {64: (128, 128), 96: (64, 128), 128: (80, 128), 192: (64, 96), 256: (64, 80)}
