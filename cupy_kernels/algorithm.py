@@ -69,7 +69,7 @@ class KernelAlgorithm:
     ragged: tuple[Direction, ...] = ()
 
     def directions(self, problem: AttentionProblem) -> Sequence[Direction]:
-        """Return the directions that there are programs for, of sequences with lengths of their own or of one length."""
+        """Return the directions that there are programs for, given whether sequences have lengths of their own."""
         return self.ragged if isinstance(problem, RaggedProblem) else tuple(self.programs)
 
     def dtypes(self, hardware: Hardware) -> tuple[str, ...]:

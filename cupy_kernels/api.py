@@ -11,7 +11,6 @@ import numpy as np
 from cupy_kernels.arrays import (
     check_device,
     check_pointer,
-    check_strides,
     device_array,
     output_array,
     require_cupy,
@@ -21,6 +20,7 @@ from cupy_kernels.explanation import explanation_of
 from cupy_kernels.launch import (
     WORKSPACE_ALIGNMENT,
     Launch,
+    check_layout,
     checked_problem,
     kept_in_workspace,
     prepare,
@@ -29,7 +29,7 @@ from cupy_kernels.launch import (
 )
 from cupy_kernels.program import workspace_layout
 from cupy_kernels.ragged import OFFSETS
-from cupy_kernels.table import chosen_program, default_plan, get_algorithm
+from cupy_kernels.table import candidates, choose, get_algorithm
 from simattn.hardware import get_hardware
 from simattn.planning import DEFAULT_HARDWARE
 from simattn.problem import AttentionProblem, checked_window
@@ -79,7 +79,7 @@ def attention(
         Queries, shape (batch, q_len, heads, head_dim), float32, float16 or bfloat16: a CuPy array, or an array on a
         CUDA device with ``__dlpack__`` or ``__cuda_array_interface__``. The dimensions of heads are multiples of 8
         from 8 to 256. Any strides are taken as long as rows of ``head_dim`` are contiguous and start at multiples of
-        16 bytes, or of 8 bytes of 16-bit numbers on CUDA cores.
+        16 bytes, or of 8 bytes of 16-bit numbers on CUDA cores; "flash3" takes no negative ones.
     k
         Keys, shape (batch, kv_len, kv_heads, head_dim), where ``kv_heads`` divides ``heads``; stored like q.
     v
@@ -98,8 +98,9 @@ def attention(
     window
         ``(left, right)`` keys seen on either side of the query's position, both ends included; None is no limit.
     algorithm
-        "flash2", the default; "flash3", for 16-bit inputs on Hopper; "flash1", whose output goes through memory once
-        for every tile of keys; or "standard", whose scores and probabilities do.
+        "flash3", for 16-bit inputs on compute capability 9.0 (Hopper); "flash2"; "flash1", whose output goes through
+        memory once for every tile of keys; or "standard", whose scores and probabilities do. Default: the one that
+        ``plan`` is of; without a plan "flash3" if it takes the inputs on their device, otherwise "flash2".
     return_lse
         Whether to return the log-sum-exp of the scores too.
     cu_seqlens_q, cu_seqlens_k
@@ -210,7 +211,7 @@ def _attention(
     launch.check_addresses(addresses)
     _check_flag("return_lse", return_lse)
     _check_flag("return_saved", return_saved)
-    wanted = _wanted(algorithm, bool(return_lse), bool(return_saved))
+    wanted = _wanted(launch.algorithm, bool(return_lse), bool(return_saved))
     results: dict[str, Any] = {}
     given = given_lse = None
     if out is not None:
@@ -232,7 +233,7 @@ def _attention(
     if return_lse:
         returned.append(results["lse"] if given_lse is None else given_lse)
     if return_saved:
-        returned.append({name: results[name] for name in get_algorithm(algorithm).saved})
+        returned.append({name: results[name] for name in get_algorithm(launch.algorithm).saved})
     return tuple(returned)
 
 
@@ -291,7 +292,8 @@ def attention_backward(
         whatever order they are ready, which is faster; with ``deterministic`` a second kernel computes the scores
         again. A plan that adds in no fixed order is refused.
     algorithm
-        As :func:`attention` had it.
+        "flash2", which also takes what "flash3" saved, "flash1" or "standard". Default: the one that ``plan`` is of,
+        without a plan "flash2".
     saved
         What :func:`attention` returned with ``return_saved``; with ``out`` and ``lse`` it need not be given to
         "flash2".
@@ -327,9 +329,9 @@ def attention_backward(
     """
     if unsupported:
         _refuse("attention_backward", unsupported)
-    chosen = get_algorithm(algorithm)
+    needed = candidates(algorithm, plan)[0].saved  # all that may run without a name take the same
     cupy = require_cupy()
-    given = {"q": q, "k": k, "v": v, "dout": dout, **_saved(chosen.saved, saved, out=out, lse=lse)}
+    given = {"q": q, "k": k, "v": v, "dout": dout, **_saved(needed, saved, out=out, lse=lse)}
     for name, array in given.items():
         if array.__class__ is not cupy.ndarray:
             given[name] = device_array(name, array)
@@ -430,9 +432,9 @@ def workspace_bytes(
     _check_flag("causal", causal)
     problem = checked_problem(arrays, scale=None, causal=causal, window=window)
     hardware = present_hardware(arrays["q"].data.device_id)
-    program = chosen_program(algorithm, direction, problem, plan, hardware, deterministic=deterministic)
-    wanted = _wanted(algorithm, return_lse, return_saved) if direction == "forward" else _NOTHING
-    return workspace_layout(kept_in_workspace(program, wanted), WORKSPACE_ALIGNMENT)[1]
+    chosen = choose(algorithm, direction, problem, plan, hardware, deterministic=deterministic)
+    wanted = _wanted(chosen.algorithm.name, return_lse, return_saved) if direction == "forward" else _NOTHING
+    return workspace_layout(kept_in_workspace(chosen.program, wanted), WORKSPACE_ALIGNMENT)[1]
 
 
 @overload
@@ -542,18 +544,18 @@ def explain(
         gpu = present_hardware(device)
         properties = require_cupy().cuda.runtime.getDeviceProperties(device)
         device_name = f"{gpu.name} ({properties['name'].decode()})"
-    repeats = bool(deterministic) and direction == "backward"  # a forward pass always does
-    used = plan
-    if used is None:
-        used = default_plan(problem, gpu, algorithm=algorithm, direction=direction, deterministic=repeats)
-    program = chosen_program(algorithm, direction, problem, used, gpu, deterministic=repeats)
+    chosen = choose(algorithm, direction, problem, plan, gpu, deterministic=deterministic)
     for name, array in arrays.items():
-        alignment = row_alignment(program, program.array[name])
-        if 0 not in array.shape:
-            check_strides(name, array.shape, array.strides, array.dtype.itemsize, alignment)
-        check_pointer(name, array.data.ptr, alignment)
+        described = chosen.program.array[name]
+        check_layout(chosen.program, described, array)
+        check_pointer(name, array.data.ptr, row_alignment(chosen.program, described))
     return explanation_of(
-        program, used, algorithm, direction, gpu, plan_given=plan is not None, device_name=device_name
+        chosen,
+        direction,
+        gpu,
+        algorithm_given=algorithm is not None,
+        plan_given=plan is not None,
+        device_name=device_name,
     )
 
 
@@ -583,7 +585,7 @@ def _prepared(
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
-        get_algorithm(algorithm)
+        candidates(algorithm, plan)
         raise TypeError(f"plan is a {type(plan).__name__}: expected a simattn plan") from None
 
 
@@ -612,7 +614,7 @@ def _number(name: str, value: Any) -> float:
 
 
 @functools.cache
-def _wanted(algorithm: str | None, return_lse: bool, return_saved: bool) -> frozenset[str]:
+def _wanted(algorithm: str, return_lse: bool, return_saved: bool) -> frozenset[str]:
     """Return the names of the results that a forward call makes arrays for."""
     saved = get_algorithm(algorithm).saved if return_saved else ()
     return frozenset({"out", *(("lse",) if return_lse else ()), *saved})

@@ -294,7 +294,7 @@ def assignment(problem: AttentionProblem, plan: Flash3Plan, blocks: int) -> list
                     load, block = loads[0]
                     taken[block].append(matrix * len(tiles) + tile)
                     heapq.heapreplace(loads, (load + time, block))
-        return max(loads)[0], taken
+        return max(loads, default=(0.0, 0))[0], taken
 
     choices = sections(problem, plan)
     if matrices * len(tiles) > MOST_TILES_COMPARED:

@@ -104,11 +104,13 @@ class _Launched:
         self.step, self.function = step, None
 
     def _encoded_maps(self, *addresses: int) -> bytes:
-        """Return the tensor maps of arrays at these addresses; an empty array, which is never read, has none."""
-        return b"".join(
-            bytes(MAP_BYTES) if described is None else described.encode(address)
+        """Return the tensor maps of arrays at these addresses; that of an empty array is another's, as none is read."""
+        encoded = [
+            None if described is None else described.encode(address)
             for described, address in zip(self.maps, addresses, strict=True)
-        )
+        ]
+        another = next(one for one in encoded if one is not None)  # kernels prefetch every map
+        return b"".join(another if one is None else one for one in encoded)
 
     def load(self, device: int, *, count_traffic: bool) -> None:
         """Compile and load the kernel, if that has not been done."""

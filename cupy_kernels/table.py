@@ -25,10 +25,10 @@ ALGORITHMS: dict[str, KernelAlgorithm] = {
 """Algorithms that there are kernels for, by name."""
 
 DEFAULT_ALGORITHM = "flash2"
-"""Runs on every device."""
+"""What runs on every device."""
 
-UNNAMED = ("flash3", DEFAULT_ALGORITHM)
-"""What a call runs that names neither algorithm nor plan: the first that takes its problem, the fastest first.
+UNNAMED = tuple(ALGORITHMS[name] for name in ("flash3", DEFAULT_ALGORITHM))
+"""Of these a call without algorithm and plan runs the first that takes its problem: the fastest comes first.
 
 All save the same arrays, so that the backward pass of one takes what the forward pass of another saved."""
 
@@ -74,15 +74,12 @@ def candidates(algorithm: str | None, plan: Plan | None) -> tuple[KernelAlgorith
     if algorithm is not None:
         return (get_algorithm(algorithm),)
     if plan is None:
-        return _UNNAMED
+        return UNNAMED
     for item in ALGORITHMS.values():
         if type(plan) is item.plan_class:
             return (item,)
     expected = tuple(item.plan_class.__name__ for item in ALGORITHMS.values())
     raise TypeError(f"plan is a {type(plan).__name__}: expected one of {expected}")
-
-
-_UNNAMED = tuple(get_algorithm(name) for name in UNNAMED)
 
 
 def choose_algorithm(
@@ -138,8 +135,8 @@ def default_plan(
 ) -> Plan:
     """Return the plan that the calls use when none is given.
 
-    It depends on the GPU, and so do the bits: by the algorithm if none is named, by what tensor cores take, and by how much
-    shared memory there is for tiles.
+    It depends on the GPU, and so do the bits: by the algorithm if none is named, by the formats that tensor cores take
+    and by the shared memory that there is for tiles.
 
     Parameters
     ----------
@@ -148,8 +145,8 @@ def default_plan(
     hardware
         Name or row of a GPU.
     algorithm
-        "flash3", "flash2", "flash1" or "standard". Default: forward "flash3" if it takes the problem on this GPU (16-bit
-        inputs, compute capability 9.0), otherwise "flash2".
+        "flash3", "flash2", "flash1" or "standard". Default: forward "flash3" if it takes the problem on this GPU,
+        which 16-bit inputs on compute capability 9.0 are; otherwise "flash2".
     direction
         "forward" for :func:`cupy_kernels.attention`, "backward" for :func:`cupy_kernels.attention_backward`.
     deterministic
@@ -183,7 +180,7 @@ def make_program(
 def _program_of(
     chosen: KernelAlgorithm, direction: Direction, problem: AttentionProblem, plan: Plan, gpu: Hardware
 ) -> Program:
-    if not isinstance(plan, chosen.plan_class):
+    if type(plan) is not chosen.plan_class:
         expected = f"{chosen.plan_class.__module__}.{chosen.plan_class.__name__}"
         raise TypeError(f"plan is a {type(plan).__name__}: expected a {expected}")
     return chosen.programs[direction](problem, plan, gpu)

@@ -4,21 +4,26 @@
 #include "device.cuh"
 
 #ifdef COUNT_TRAFFIC
-class ByteCounter {
+template <class Sum>
+class ByteCounterOf {
  public:
-  DEVICE explicit ByteCounter(unsigned long long* total) : total_(total), bytes_(0) {}
+  DEVICE explicit ByteCounterOf(unsigned long long* total) : total_(total), bytes_(0) {}
   DEVICE void add(unsigned bytes) { bytes_ += bytes; }
   DEVICE void flush() { add_to_counter(total_, bytes_); }
 
  private:
   unsigned long long* total_;
-  unsigned long long bytes_;
+  Sum bytes_;
 };
 #else
-class ByteCounter {
+template <class Sum>
+class ByteCounterOf {
  public:
-  DEVICE explicit ByteCounter(unsigned long long*) {}
+  DEVICE explicit ByteCounterOf(unsigned long long*) {}
   DEVICE void add(unsigned) {}
   DEVICE void flush() {}
 };
 #endif
+
+using ByteCounter = ByteCounterOf<unsigned>;
+using LargeByteCounter = ByteCounterOf<unsigned long long>;  // of a thread that copies what a whole block takes

@@ -2,10 +2,10 @@
 // simattn/algorithms/flash3.py: each thread block keeps one query tile and its output on chip and streams the keys and
 // values past it.
 //
-// One warp loads: queries, keys and values arrive in shared memory by TMA, each through a ring of tiles. Warpgroups of 64
-// query rows compute. While the exponentials of one tile of keys are taken, the tensor cores work on the scores of the
-// next one and on the output of the one before; with TAKE_TURNS the warpgroups issue their products one after the other,
-// so that one's exponentials fall into another's products.
+// One warp loads: queries, keys and values arrive in shared memory by TMA, each through a ring of tiles. Warpgroups of
+// 64 query rows compute, each for the keys that its rows see. While the exponentials of one tile of keys are taken, the
+// tensor cores work on the scores of the next one and on the output of the one before; with TAKE_TURNS the warpgroups
+// issue their products one after the other, so that one's exponentials fall into another's products.
 //
 // The order of every sum is fixed; the tile of keys is the only size it depends on:
 //   scores   one chain of fused dot products of 16 columns per element, columns ascending
@@ -329,7 +329,7 @@ DEVICE unsigned inside(int rows, int most_rows, int columns) {
 
 DEVICE void load_queries(
     char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters, const Work& work,
-    const Ring<QUERY_STAGES>& ring, WorkPlace* place, ByteCounter& counter) {
+    const Ring<QUERY_STAGES>& ring, WorkPlace* place, LargeByteCounter& counter) {
   const Problem& problem = parameters.problem;
   for (int group = 0; group < CONSUMERS; group++) wait(&barriers->q_empty[ring.stage()][group], ring.parity() ^ 1);
   static_cast<Work&>(*place) = work;
@@ -359,7 +359,7 @@ DEVICE void load_queries(
 
 DEVICE void load_keys(
     char* shared, Barrier* full, Barrier* empty, const TensorMap* map, const Problem& problem, int columns,
-    const Work& work, int tile, unsigned parity, ByteCounter& counter) {
+    const Work& work, int tile, unsigned parity, LargeByteCounter& counter) {
   wait(empty, parity ^ 1);
   arrive_expecting(full, KEY_BYTES);
   const int head = key_head(problem, work);
@@ -379,8 +379,8 @@ DEVICE void load_keys(
 
 DEVICE void load(char* shared, Barriers* barriers, const Flash3ForwardParameters& parameters) {
   const Problem& problem = parameters.problem;
-  ByteCounter q_bytes(parameters.counters + COUNT_Q), k_bytes(parameters.counters + COUNT_K);
-  ByteCounter v_bytes(parameters.counters + COUNT_V);
+  LargeByteCounter q_bytes(parameters.counters + COUNT_Q), k_bytes(parameters.counters + COUNT_K);
+  LargeByteCounter v_bytes(parameters.counters + COUNT_V);
   Ring<QUERY_STAGES> queries;
   Ring<WORK_STAGES> places;
   Ring<KEY_STAGES> keys;
@@ -522,7 +522,9 @@ DEVICE void update_softmax(SoftmaxState& state, float (&scores)[SCORES], float s
     row_max = maximum_number(row_max, shuffle_xor(row_max, 1));
     row_max = maximum_number(row_max, shuffle_xor(row_max, 2));
     const float reference = reference_of(row_max, scale_log2);
-    if (!FIRST) state.correction[row] = exp2_approximate(__fmul_rn(__fsub_rn(state.row_max[row], reference), scale_log2));
+    if (!FIRST) {
+      state.correction[row] = exp2_approximate(__fmul_rn(__fsub_rn(state.row_max[row], reference), scale_log2));
+    }
     state.row_max[row] = row_max;
     const float offset = -__fmul_rn(reference, scale_log2);
 #pragma unroll
@@ -559,7 +561,8 @@ DEVICE void start_scores(float (&scores)[SCORES], unsigned long long q, unsigned
 }
 
 // Start to add the values of a tile, weighted by probabilities.
-DEVICE void start_values(float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], unsigned long long v, bool adds) {
+DEVICE void start_values(
+    float (&out)[OUTPUTS], const unsigned (&probabilities)[SCORES / 2], unsigned long long v, bool adds) {
 #pragma unroll
   for (int step = 0; step < KEY_ROWS / STEP; step++) {
     Product<Stored, COLUMNS, true>::start(
@@ -604,8 +607,8 @@ DEVICE unsigned pair_of_row(const Stored* row, int column, int columns, ByteCoun
 
 // Compute the output of a row anew, all by this warp, and store it. A hidden key has a probability of 0, which times a
 // value that is Inf or NaN is NaN; here the values that the row does not see are taken for 0. The warp's tensor core
-// instructions add up as the warpgroup's do; all rows of their left matrix are this one. `scratch` is for this warp. All
-// lanes take the same way, so that the compiler keeps what is the same for a warp in uniform registers elsewhere.
+// instructions add up as the warpgroup's do; all rows of their left matrix are this one. `scratch` is for this warp.
+// All lanes take the same way, so that the compiler keeps what is the same for a warp in uniform registers elsewhere.
 DEVICE void repair_row(
     float* scratch, const Flash3ForwardParameters& parameters, const Work& work, const Sight& sight, int row,
     int group_row, ByteCounter& out_bytes, ByteCounter& repair_bytes) {

@@ -10,22 +10,36 @@ import sys
 import threading
 from dataclasses import replace
 
+import cpu_device
 import fake_cupy
 import ml_dtypes
 import numpy as np
 import pytest
 
 import cupy_kernels
-from cupy_kernels import arrays, attention, attention_backward, count_traffic, default_plan, launch, workspace_bytes
+from cupy_kernels import (
+    arrays,
+    attention,
+    attention_backward,
+    count_traffic,
+    cpu_build,
+    default_plan,
+    explain,
+    launch,
+    workspace_bytes,
+)
 from cupy_kernels.parameters import struct_of
 from cupy_kernels.table import ALGORITHMS as KERNEL_ALGORITHMS
 from cupy_kernels.table import make_program
-from simattn import AttentionProblem, Traffic, count
+from simattn import AttentionProblem, Traffic, count, run, run_backward
 from simattn import default_plan as simulated_default_plan
 from simattn.algorithms import ALGORITHMS
+from simattn.algorithms.flash1 import Flash1Plan
 from simattn.algorithms.flash2 import Flash2Plan
+from simattn.algorithms.flash3 import Flash3Plan
 from simattn.arithmetic.formats import numpy_dtype
 from simattn.hardware import get_hardware
+from simattn.testing import assert_same_bits
 
 
 @pytest.fixture
@@ -166,14 +180,15 @@ def test_without_a_device_the_cpu_way_is_named(monkeypatch, failure):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_launch(kernels, dtype):
     given = device_arrays(dtype=dtype)
-    out, lse = attention(**given, causal=True, window=(5, None), scale=0.5, return_lse=True)
+    out, lse = attention(**given, causal=True, window=(5, None), scale=0.5, algorithm="flash2", return_lse=True)
     assert (out.shape, out.dtype) == ((2, 70, 4, 48), given["q"].dtype)
     assert (lse.shape, lse.dtype) == ((2, 4, 70), np.float32)
     (launched,) = kernels.launches
     macros = dict(launched.variant.macros)
     assert (macros["STORAGE"], macros["COLUMNS"]) == (dtype, "64")
     assert "COUNT_TRAFFIC" not in macros
-    tiles = default_plan(AttentionProblem(q_len=70, head_dim=32, value_dim=48, dtype=dtype)).tiles
+    problem = AttentionProblem(q_len=70, head_dim=32, value_dim=48, dtype=dtype)
+    tiles = default_plan(problem, algorithm="flash2").tiles
     assert (macros["QUERY_ROWS"], macros["KEY_ROWS"]) == (str(tiles.q), str(tiles.kv))
     assert launched.grid == (2 * 4 * math.ceil(70 / tiles.q),)
     assert launched.block[0] % 32 == 0
@@ -238,13 +253,155 @@ def test_strides_of_axes_of_length_one_do_not_matter(kernels):
     assert tuple(parameters_of(kernels.launches[0])["q_strides"]) == (0, 4 * 32, 32)
 
 
-def test_a_further_call_prepares_nothing(kernels, monkeypatch):
-    given = device_arrays()
-    attention(**given)
-    monkeypatch.setattr(launch, "checked_problem", None)
-    attention(**device_arrays())
-    assert len(kernels.loaded) == 1
-    assert len(kernels.launches) == 2
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_further_call_prepares_and_chooses_nothing(kernels, monkeypatch, dtype):
+    out, lse = attention(**device_arrays(dtype=dtype), return_lse=True)
+    attention_backward(out, **device_arrays(dtype=dtype), out=out, lse=lse)
+    loaded, launches = len(kernels.loaded), len(kernels.launches)
+    for name in ("checked_problem", "choose"):
+        monkeypatch.setattr(launch, name, None)
+    out, lse = attention(**device_arrays(dtype=dtype), return_lse=True)
+    attention_backward(out, **device_arrays(dtype=dtype), out=out, lse=lse)
+    assert (len(kernels.loaded), len(kernels.launches)) == (loaded, 2 * launches)
+
+
+# What runs without a name
+
+
+@pytest.fixture
+def device_of(monkeypatch, kernels):
+    """Make the stand-in's devices those of a compute capability."""
+
+    def change(capability):
+        monkeypatch.setattr(fake_cupy.Device, "compute_capability", capability)
+        launch.present_hardware.cache_clear()
+        launch.prepare.cache_clear()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "function"),
+    [
+        ("90", "bfloat16", "flash3_forward"),
+        ("90", "float16", "flash3_forward"),
+        ("90", "float32", "flash2_forward"),
+        ("100", "bfloat16", "flash2_tensor_forward"),
+        ("89", "float16", "flash2_tensor_forward"),
+        ("80", "bfloat16", "flash2_tensor_forward"),
+        ("80", "float32", "flash2_forward"),
+        ("75", "float16", "flash2_forward"),
+    ],
+)
+def test_a_call_without_a_name_runs_the_fastest(kernels, device_of, capability, dtype, function):
+    device_of(capability)
+    given = device_arrays(dtype=dtype)
+    out, saved = attention(**given, return_saved=True)
+    assert functions_of(kernels) == [function]
+    assert workspace_bytes(**given) == 0
+    kernels.launches.clear()
+    attention_backward(out, **given, saved=saved)
+    assert functions_of(kernels) == ["row_dots", "fill", "flash2_key_gradients", "convert"]
+
+
+def ragged_arrays(dtype="bfloat16"):
+    given = {name: array[0] for name, array in device_arrays(dtype=dtype).items()}
+    offsets = {"cu_seqlens_q": [0, 30, 70], "cu_seqlens_k": [0, 0, 90]}
+    return given | {name: np.array(starts, np.int32).view(fake_cupy.Array) for name, starts in offsets.items()}
+
+
+def test_lengths_of_their_own_need_no_name(kernels, device_of):
+    out, lse = attention(**ragged_arrays(), causal=True, return_lse=True)
+    assert (out.shape, lse.shape) == ((70, 4, 48), (4, 70))
+    assert functions_of(kernels) == ["flash3_forward"]
+    kernels.launches.clear()
+    with pytest.raises(ValueError, match="dtype='float32': flash3 takes"):
+        attention(**ragged_arrays("float32"))
+    with pytest.raises(ValueError, match=r"algorithm='flash2' takes no cu_seqlens_q .*: expected one of \('flash3',\)"):
+        attention(**ragged_arrays(), plan=Flash2Plan(tiles=(64, 64)))
+    device_of("80")
+    with pytest.raises(
+        ValueError, match=r"algorithm='flash3' runs on compute capability 9\.0 .* has 8\.0: expected an"
+    ):
+        attention(**ragged_arrays())
+    assert not kernels.launches
+
+
+def test_a_plan_is_run_by_its_algorithm_or_refused(kernels, device_of):
+    given = device_arrays(dtype="bfloat16")
+    attention(**given, plan=Flash2Plan(tiles=(64, 64)))
+    attention(**given, plan=Flash1Plan(tiles=(32, 32)))
+    attention(**given, plan=Flash3Plan(tiles=(64, 64)))
+    functions = ["flash2_forward", "flash1_forward", "flash3_forward"]
+    assert [name for name in functions_of(kernels) if name in functions] == functions
+    kernels.launches.clear()
+    out, saved = attention(**given, algorithm="flash1", return_saved=True)
+    attention_backward(out, **given, saved=saved, plan=Flash1Plan(tiles=(32, 32)))
+    assert "flash1_backward" in functions_of(kernels)
+    kernels.launches.clear()
+    plan = Flash3Plan(tiles=(64, 64))
+    for options in ({"plan": plan}, {"algorithm": "flash3"}):
+        with pytest.raises(ValueError, match="algorithm='flash3' has no kernel for the backward pass: expected one of"):
+            attention_backward(out, **given, out=out, lse=saved["row_max"], **options)
+    with pytest.raises(TypeError, match=r"plan is a Flash3Plan: expected a simattn\.algorithms\.flash2\.Flash2Plan"):
+        attention(**given, algorithm="flash2", plan=plan)
+    device_of("80")
+    with pytest.raises(ValueError, match="algorithm='flash3' runs on compute capability 9"):
+        attention(**given, plan=plan)
+    assert not kernels.launches
+
+
+@pytest.fixture
+def cpu_kernels(kernels, monkeypatch):
+    """Run the kernels, in their build for the CPU."""
+    try:
+        cpu_build.compiler()
+    except cpu_build.CompilerNotFoundError as missing:
+        pytest.skip(str(missing))
+    kernels.run = cpu_device.CpuDevice(monkeypatch).run
+    return kernels
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_call_without_keys(cpu_kernels, dtype):
+    given = device_arrays(kv_len=0, head_dim=16, value_dim=24, dtype=dtype)
+    out, lse = attention(**given, return_lse=True)
+    assert not out.any()
+    assert (lse == -np.inf).all()
+    assert len(cpu_kernels.launches) == 1
+
+
+def test_gradients_from_what_the_default_saved(cpu_kernels):
+    """Forward flash3, backward flash2, whichever way the saved arrays take."""
+    generator = np.random.default_rng(0)
+    host = {
+        name: generator.standard_normal(array.shape).astype(array.dtype)
+        for name, array in device_arrays(q_len=9, kv_len=70, head_dim=16, value_dim=24, dtype="bfloat16").items()
+    }
+    given = {name: values.view(fake_cupy.Array) for name, values in host.items()}
+    problem = explain(**given, causal=True).problem
+    out, lse, saved = attention(**given, causal=True, return_lse=True, return_saved=True)
+    assert functions_of(cpu_kernels) == ["flash3_forward"]
+    assert saved["out"] is out
+    assert saved["lse"] is lse
+    forward = run("flash3", **host, causal=True, arithmetic="hopper", plan=default_plan(problem))
+    assert_same_bits(out.get(), forward.out)
+    assert_same_bits(lse.get(), forward.lse)
+    dout = generator.standard_normal(out.shape).astype(out.dtype)
+    plan = default_plan(problem, direction="backward", deterministic=True)
+    wanted = run_backward("flash2", **host, dout=dout, causal=True, arithmetic="simt", plan=plan, saved=forward.saved)
+    routes = (
+        {"saved": saved},
+        {"saved": {"lse": lse}, "out": out},
+        {"out": out, "lse": lse},
+        {"out": out, "lse": lse, "algorithm": "flash2"},
+        {"saved": saved, "plan": plan},
+    )
+    for route in routes:
+        options = {"causal": True, "deterministic": True, **route}
+        found = attention_backward(dout.view(fake_cupy.Array), **given, **options)
+        for name, gradient in zip(("dq", "dk", "dv"), found, strict=True):
+            assert_same_bits(gradient.get(), getattr(wanted, name), name=name)
 
 
 def test_the_log_sum_exp_is_stored_where_nobody_reads_it_unless_asked_for(kernels):
@@ -270,10 +427,12 @@ def test_the_arrays_device_is_used(kernels):
     assert fake_cupy.Device.current == 0
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("empty", ["batch", "q_len"])
-def test_no_row_no_launch(kernels, empty):
-    given = device_arrays(**{empty: 0})
-    out, lse = attention(**given, return_lse=True)
+def test_no_row_no_launch(kernels, empty, dtype, causal):
+    given = device_arrays(**{empty: 0}, dtype=dtype)
+    out, lse = attention(**given, causal=causal, return_lse=True)
     assert (out.size, lse.size) == (0, 0)
     assert not kernels.launches
     assert not kernels.loaded
@@ -483,7 +642,7 @@ def test_tensor_cores_are_for_two_byte_inputs_and_recent_devices():
 @pytest.mark.parametrize("columns", [8, 64, 96, 128, 192, 256])
 def test_both_sides_have_one_default_plan_for_tensor_cores(hardware, columns):
     shape = {"heads": 2, "q_len": 50, "head_dim": columns, "dtype": "bfloat16"}
-    plan = default_plan(AttentionProblem(**shape), hardware)
+    plan = default_plan(AttentionProblem(**shape), hardware, algorithm="flash2")
     assert plan == simulated_default_plan("flash2", hardware=hardware, **shape)
     assert plan.units == "tensor_cores"
 

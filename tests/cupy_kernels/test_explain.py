@@ -13,9 +13,14 @@ from test_attention import device_arrays
 
 import cupy_kernels
 from cupy_kernels import attention, attention_backward, default_plan, explain
-from cupy_kernels.table import ALGORITHMS
+from cupy_kernels.ragged import RaggedProblem
+from cupy_kernels.table import ALGORITHMS, DEFAULT_ALGORITHM, UNNAMED
 from simattn import AttentionProblem
+from simattn.algorithms.flash1 import Flash1Plan
 from simattn.algorithms.flash2 import Flash2Plan
+from simattn.algorithms.flash3 import Flash3Plan
+from simattn.algorithms.online_softmax import OnlineSoftmaxPlan
+from simattn.algorithms.standard import StandardPlan
 
 LONG = {"heads": 16, "q_len": 4096, "head_dim": 128}
 
@@ -78,10 +83,89 @@ def test_a_backward_call_launches_what_is_explained(kernels, algorithm, determin
     assert found.others["flash3"].startswith("refused: algorithm='flash3' has no kernel for the backward pass")
 
 
+# What is chosen
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("hardware", ["H100-SXM", "H200", "A100-40GB", "RTX-4090", "T4", "V100-SXM2-32GB", "B200"])
+def test_the_fastest_that_takes_the_problem_is_chosen(hardware, dtype, direction):
+    problem = AttentionProblem(**LONG, dtype=dtype)
+    found = explain(problem, hardware=hardware, direction=direction)
+    is_fastest = hardware in ("H100-SXM", "H200") and dtype != "float32" and direction == "forward"
+    assert found.algorithm == ("flash3" if is_fastest else "flash2")
+    assert found.plan == default_plan(problem, hardware, direction=direction)
+    assert found.plan == default_plan(problem, hardware, algorithm=found.algorithm, direction=direction)
+    assert type(found.plan) is ALGORITHMS[found.algorithm].plan_class
+    expected = "flash3 is the fastest that takes the problem on compute capability 9.0"
+    assert found.reasons[0] == (expected if is_fastest else "flash2 is the default")
+    assert not any("the default" in why for why in found.others.values())
+
+
+PLANS = {"flash1": Flash1Plan, "flash2": Flash2Plan, "flash3": Flash3Plan, "standard": StandardPlan}
+
+
+@pytest.mark.parametrize("algorithm", list(PLANS))
+def test_a_plan_decides(kernels, algorithm):
+    plan = PLANS[algorithm](tiles=(64, 64))
+    problem = AttentionProblem(**LONG, dtype="bfloat16")
+    found = explain(problem, plan=plan)
+    assert (found.algorithm, found.plan) == (algorithm, plan)
+    assert found.reasons[0] == f"the plan is a {PLANS[algorithm].__name__}"
+    assert explain(problem, plan=plan, algorithm=algorithm).reasons[0] == f"algorithm={algorithm!r}"
+    given = device_arrays(dtype="bfloat16", head_dim=64, value_dim=64)
+    attention(**given, plan=plan)
+    by_plan = launched(kernels)
+    kernels.launches.clear()
+    attention(**given, plan=plan, algorithm=algorithm)
+    assert launched(kernels) == by_plan != []
+
+
+def test_what_a_plan_decides_is_refused_where_it_does_not_run(kernels):
+    plan, problem = Flash3Plan(tiles=(64, 64)), AttentionProblem(**LONG, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"algorithm='flash3' runs on compute capability 9\.0 .*, and T4 has 7\.5"):
+        explain(problem, hardware="T4", plan=plan)
+    with pytest.raises(ValueError, match="dtype='float32': flash3 takes"):
+        explain(dataclasses.replace(problem, dtype="float32"), plan=plan)
+    with pytest.raises(ValueError, match="algorithm='flash3' has no kernel for the backward pass: expected one of"):
+        explain(problem, direction="backward", plan=plan)
+    with pytest.raises(TypeError, match=r"plan is a OnlineSoftmaxPlan: expected one of \('Flash2Plan', 'Flash1Plan', "):
+        explain(problem, plan=OnlineSoftmaxPlan(tiles=(64, 64)))
+    for algorithm, other in (("flash2", plan), ("flash3", Flash2Plan(tiles=(64, 64)))):
+        with pytest.raises(TypeError, match=rf"plan is a {type(other).__name__}: expected a simattn\S*{algorithm}\.F"):
+            explain(problem, algorithm=algorithm, plan=other)
+
+
+def test_sequences_with_lengths_of_their_own():
+    problem = RaggedProblem.of(AttentionProblem(**LONG, dtype="bfloat16"), [(3, 4), (5, 6)])
+    found = explain(problem)
+    assert (found.algorithm, found.problem) == ("flash3", problem)
+    assert found.plan == default_plan(problem, algorithm="flash3")
+    assert {why.partition(" takes ")[0] for why in found.others.values()} == {
+        f"refused: algorithm={name!r}" for name in ("flash2", "flash1", "standard")
+    }
+    for call in (explain, default_plan):
+        with pytest.raises(ValueError, match=r"algorithm='flash3' runs on .* A100-40GB has 8\.0: expected another GPU"):
+            call(problem, hardware="A100-40GB")
+        with pytest.raises(ValueError, match="dtype='float32': flash3 takes"):
+            call(dataclasses.replace(problem, dtype="float32"))
+        with pytest.raises(ValueError, match="for the backward pass: expected sequences of one length each"):
+            call(problem, direction="backward")
+    with pytest.raises(ValueError, match=r"algorithm='flash2' takes no cu_seqlens_q .*: expected one of \('flash3',\)"):
+        explain(problem, plan=Flash2Plan(tiles=(64, 64)))
+
+
+def test_what_runs_without_a_name_saves_the_same():
+    """So that a backward pass takes what any of them saved."""
+    assert len({item.saved for item in UNNAMED}) == 1
+    assert [item.name for item in UNNAMED if "backward" in item.programs] == [DEFAULT_ALGORITHM]
+
+
 @pytest.mark.parametrize(
     ("hardware", "dtype", "algorithm", "units", "arithmetic"),
     [
-        ("H100-SXM", "bfloat16", None, "mma.sync", "mma"),
+        ("H100-SXM", "bfloat16", None, "wgmma", "hopper"),
+        ("H100-SXM", "bfloat16", "flash2", "mma.sync", "mma"),
         ("H100-SXM", "float32", None, "CUDA cores", "simt"),
         ("H100-SXM", "float16", "flash3", "wgmma", "hopper"),
         ("H100-SXM", "float16", "flash1", "CUDA cores", "simt"),
@@ -93,7 +177,6 @@ def test_a_backward_call_launches_what_is_explained(kernels, algorithm, determin
 def test_units_and_the_arithmetic_that_repeats_them(hardware, dtype, algorithm, units, arithmetic):
     problem = AttentionProblem(**LONG, dtype=dtype)
     found = explain(problem, hardware=hardware, algorithm=algorithm)
-    assert found.algorithm == (algorithm or "flash2")
     assert {launch.units for launch in found.kernels} == {units}
     assert found.arithmetic == arithmetic
     assert found.deterministic
@@ -101,8 +184,8 @@ def test_units_and_the_arithmetic_that_repeats_them(hardware, dtype, algorithm, 
     assert found.hardware == hardware
 
 
-def test_why_the_default_algorithm_multiplies_by_what_it_does():
-    def reason(hardware="H100-SXM", dtype="bfloat16", **options):
+def test_why_an_algorithm_multiplies_by_what_it_does():
+    def reason(hardware="A100-40GB", dtype="bfloat16", **options):
         return explain(AttentionProblem(**LONG, dtype=dtype), hardware=hardware, **options).reasons[1]
 
     assert reason() == "bfloat16 is multiplied on tensor cores from compute capability 8.0 on"
@@ -110,7 +193,7 @@ def test_why_the_default_algorithm_multiplies_by_what_it_does():
     assert reason("T4") == "tensor cores are used from compute capability 8.0 on"
     assert reason(plan=Flash2Plan(tiles=(64, 64))) == "the plan has units='cuda_cores'"
     assert reason(direction="backward") == "its backward kernels are for CUDA cores"
-    assert reason(algorithm="flash3") == "its kernel is for Hopper's tensor cores"
+    assert reason("H100-SXM") == "its kernel is for Hopper's tensor cores"
     assert reason(algorithm="standard") == "its kernels are for CUDA cores"
 
 
@@ -124,9 +207,12 @@ def test_a_backward_plan_for_tensor_cores_runs_on_cuda_cores():
 def test_why_the_others_do_not_run():
     problem = AttentionProblem(**LONG, dtype="bfloat16")
     assert dict(explain(problem).others) == {
-        name: f"not asked for; it takes the problem (algorithm={name!r})" for name in ("flash1", "standard", "flash3")
+        name: f"not asked for; it takes the problem (algorithm={name!r})" for name in ("flash1", "standard", "flash2")
     }
-    assert explain(problem, algorithm="flash3").others["flash2"] == "not asked for; it takes the problem (the default)"
+    default = "not asked for; it takes the problem (the default, without algorithm= and plan=)"
+    assert explain(problem, algorithm="flash2").others["flash3"] == default
+    assert explain(problem, plan=Flash2Plan(tiles=(64, 64))).others["flash3"] == default
+    assert explain(problem, hardware="T4", algorithm="flash1").others["flash2"] == default
     assert (
         explain(problem, hardware="T4")
         .others["flash3"]
@@ -146,7 +232,7 @@ def test_the_report(kernels):
     assert why.endswith("; the plan was given")
     assert "flash2_tensor_forward" in report
     assert "query_rows=64 key_rows=32" in report
-    assert "algorithm='flash3'" in report
+    assert "; it takes the problem (the default, without algorithm= and plan=)" in report
     assert max(map(len, report.split("\n"))) < 170
     assert "no arithmetic models" in repr(explain(AttentionProblem(q_len=5, dtype="float16"), hardware="A100-40GB"))
     assert "nothing to compute" in repr(explain(AttentionProblem(q_len=0, head_dim=64, dtype="float32")))
@@ -176,6 +262,8 @@ def test_what_the_call_refuses_is_refused(kernels):
     for call in (attention, explain):
         with pytest.raises(ValueError, match=r"k .*16"):
             call(given["q"], unaligned, given["v"])
+        with pytest.raises(ValueError, match=r"k has a stride of -\d+ bytes: the kernel takes"):
+            call(given["q"], given["k"][:, ::-1], given["v"])
         with pytest.raises(ValueError, match="algorithm='flash9' has no kernel"):
             call(**given, algorithm="flash9")
         with pytest.raises(TypeError, match="plan is a"):
@@ -203,7 +291,7 @@ def test_a_problem_needs_no_cupy():
         "assert 'cupy' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("flash2 forward")
+    assert done.stdout.startswith("flash3 forward")
 
 
 def test_it_is_public():

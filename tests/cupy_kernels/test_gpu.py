@@ -87,8 +87,10 @@ def drawn(seed=0, *, gradient=False, **shape):
     return problem, host, {name: verify.on_device(values) for name, values in host.items()}
 
 
-def simulated(problem, host, algorithm="flash2"):
-    plan = default_plan(problem, algorithm=algorithm)
+def simulated(problem, host, algorithm=None):
+    """Return what a call returns that names this algorithm, or none."""
+    chosen = table.choose(algorithm, "forward", problem, None, launch.present_hardware(0), deterministic=False)
+    algorithm, plan = chosen.algorithm.name, chosen.plan
     arithmetic = promised_arithmetic(problem, algorithm, plan)
     return run(algorithm, *(host[name] for name in "qkv"), **mask_of(problem), arithmetic=arithmetic, plan=plan)
 
@@ -162,15 +164,17 @@ def test_every_kernel(algorithm, columns, dtype):
         assert verify.differing_sums(verify.from_device(quick), exact) == 0
 
 
+@pytest.mark.parametrize("algorithm", [None, "flash2"])
 @settings(max_examples=60)
 @given(
-    attention_cases(
+    case=attention_cases(
         dtypes=DTYPES, max_len=200, head_dims=verify.HEAD_DIMS, block_sparse=False, hidden_is_finite=False, max_heads=4
     )
 )
-def test_the_error_is_within_the_budget(case):
+def test_the_error_is_within_the_budget(algorithm, case):
     problem, inputs = case
-    out, lse = attention(*(verify.on_device(inputs[name]) for name in "qkv"), **mask_of(problem), return_lse=True)
+    device = [verify.on_device(inputs[name]) for name in "qkv"]
+    out, lse = attention(*device, **mask_of(problem), algorithm=algorithm, return_lse=True)
     reference_out, reference_lse = reference_attention(problem, **inputs)
     low_out, low_lse = low_precision_attention(problem, **inputs)
     out_floor, lse_floor = rounding_floors(problem, inputs)
@@ -179,7 +183,7 @@ def test_the_error_is_within_the_budget(case):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("algorithm", BACKWARD)
+@pytest.mark.parametrize("algorithm", [None, *BACKWARD])
 @settings(max_examples=30)
 @given(
     case=attention_cases(
@@ -187,6 +191,7 @@ def test_the_error_is_within_the_budget(case):
     )
 )
 def test_the_error_of_gradients_is_within_the_budget(algorithm, deterministic, case):
+    """Without a name, forward and backward pass may be two algorithms'."""
     problem, inputs = case
     device = {name: verify.on_device(values) for name, values in inputs.items()}
     dout = device.pop("dout")
@@ -223,21 +228,22 @@ def test_repeated_gradients_are_the_same_bits(algorithm):
 def test_counts_of_a_long_problem(causal):
     problem, _, device = drawn(q_len=5000, kv_len=4097, batch=1, causal=causal, window=(3000, 100))
     with count_traffic() as counted:
-        attention(**device, causal=causal, window=(3000, 100))
+        attention(**device, causal=causal, window=(3000, 100), algorithm="flash2")
     expected = count(
         "flash2",
         **{name: getattr(problem, name) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim")},
         dtype=problem.dtype,
         causal=causal,
         window=(3000, 100),
-        plan=default_plan(problem),
+        plan=default_plan(problem, algorithm="flash2"),
     )
     assert counted.traffic == expected.global_only()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (1, 1), (5, 0), (1, 300)])
-def test_lengths_of_nothing_and_one(q_len, kv_len):
-    problem, host, device = drawn(q_len=q_len, kv_len=kv_len)
+def test_lengths_of_nothing_and_one(q_len, kv_len, dtype):
+    problem, host, device = drawn(q_len=q_len, kv_len=kv_len, dtype=dtype)
     expected = simulated(problem, host)
     out, lse = attention(**device, return_lse=True)
     assert_same_bits(verify.from_device(out), expected.out)
@@ -254,10 +260,10 @@ def test_a_problem_with_offsets_beyond_32_bits(cupy):
     values = generator.standard_normal((1, 200, 64, 16)).astype(np.float32)
     tail[...] = cupy.asarray(values)
     window = (0, 0)
-    out = attention(memory, memory, memory, window=window)
+    out = attention(memory, memory, memory, window=window, algorithm="flash2")
     wanted = run(
         "flash2", values, values, values, window=window, arithmetic="simt",
-        plan=default_plan(AttentionProblem(q_len=200, head_dim=16, dtype="float32")),
+        plan=default_plan(AttentionProblem(q_len=200, head_dim=16, dtype="float32"), algorithm="flash2"),
     )  # fmt: skip
     assert_same_bits(verify.from_device(out[:, -200:]), wanted.out)
 
@@ -315,8 +321,8 @@ def ragged_case(lengths, *, number=0, **shape):
     skip_unless_taken("flash3", "bfloat16")
     problem = RaggedProblem.of(AttentionProblem(q_len=0, heads=4, kv_heads=2, **shape), lengths)
     plan = default_plan(problem, algorithm="flash3")
-    inputs = verify.random_case("flash3", "forward", replace(problem, batch=1), plan=plan, number=number).inputs
-    return verify.Case("flash3", "forward", problem, plan, inputs, {}, tuple(lengths))
+    rows = verify.random_case("flash3", "forward", replace(problem, batch=1), plan=plan, number=number)
+    return replace(rows, problem=problem, lengths=tuple(lengths))
 
 
 def ragged_arguments(case):
@@ -342,7 +348,7 @@ def test_a_captured_graph_takes_other_lengths(cupy):
     other = ragged_case([(1, 70), (299, 1), (64, 500)], causal=True, number=1)
     given, expected = ragged_arguments(first), verify.simulate(other).results
     results = cupy.empty(expected["out"].shape, given["q"].dtype), cupy.empty(expected["lse"].shape, np.float32)
-    options = {"causal": True, "algorithm": "flash3", "return_lse": True, "out": results}
+    options = {"causal": True, "return_lse": True, "out": results}
     attention(**given, **options)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:

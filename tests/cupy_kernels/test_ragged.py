@@ -307,7 +307,7 @@ def elsewhere(array):
         (lambda g: {"cu_seqlens_q": elsewhere(g["cu_seqlens_q"])}, ValueError, "cu_seqlens_q is on device 1"),
         (lambda g: {"q": g["q"][None]}, ValueError, r"q has shape \(1, 271, 2, 64\): expected 3 dimensions .rows, he"),
         (lambda g: {"v": g["v"][:-1]}, ValueError, r"v has shape \(359, 1, 64\): expected \(360, 1, 64\)"),
-        (lambda g: {"algorithm": None}, ValueError, "algorithm='flash2' takes no cu_seqlens_q .* of .'flash3',."),
+        (lambda g: {"algorithm": "flash2"}, ValueError, "algorithm='flash2' takes no cu_seqlens_q .* of .'flash3',."),
         (lambda g: {"algorithm": "standard"}, ValueError, "algorithm='standard' takes no cu_seqlens_q .*flash3"),
         (lambda g: {"plan": Flash3Plan(tiles=(64, 64), packed_heads=2)}, ValueError, "packed_heads=2 with cu_seqlens"),
         (lambda g: {"out": np.zeros_like(g["q"][None])}, ValueError,
