@@ -25,6 +25,7 @@ from cupy_kernels import (
     verify,
     workspace_bytes,
 )
+from cupy_kernels.bench import stored
 from cupy_kernels.ragged import RaggedProblem
 from simattn import AttentionProblem, count, run, run_backward
 from simattn.arithmetic.formats import numpy_dtype
@@ -238,6 +239,20 @@ def test_counts_of_a_long_problem(causal):
         plan=default_plan(problem, algorithm="flash2"),
     )
     assert counted.traffic == expected.global_only()
+
+
+def test_counts_beyond_32_bits(cupy):
+    """One thread of a block copies, and so counts, all the keys that its query tiles visit."""
+    skip_unless_taken("flash3", "bfloat16")
+    problem = AttentionProblem(q_len=1 << 20, head_dim=64, dtype="bfloat16")
+    plan = default_plan(problem, algorithm="flash3")
+    numbers = (cupy.random.standard_normal((1, problem.q_len, 1, 64), dtype="f4") for _ in "qkv")
+    with count_traffic() as counted:
+        attention(*(stored(one, "bfloat16") for one in numbers), algorithm="flash3", plan=plan, return_lse=True)
+    expected = count("flash3", q_len=problem.q_len, head_dim=64, dtype="bfloat16", plan=plan).global_only()
+    assert counted.traffic == expected
+    blocks = cupy.cuda.Device().attributes["MultiProcessorCount"]
+    assert expected.by_array["k"].hbm_read_bytes > blocks << 32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
