@@ -43,8 +43,10 @@ constexpr int SCORES = KEY_ROWS / 2;   // of a thread, in two rows
 constexpr int OUTPUTS = COLUMNS / 2;
 constexpr bool SKIPS_CORRECTIONS = COLUMNS >= 128;  // worth a vote
 constexpr int STEP = 16;               // contracted elements of a product
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? (COLUMNS > 192 ? 24 : 40) : 32;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? (COLUMNS > 192 ? 240 : 232) : 160;
+// Its schedule takes more than 24 registers only where the order of ragged tiles is not turned round.
+constexpr bool SPARES_PRODUCER = COLUMNS > 192 && (MASKED || !RAGGED);
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? (SPARES_PRODUCER ? 24 : 40) : 32;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? (SPARES_PRODUCER ? 240 : 232) : 160;
 
 // Shared memory in bytes: queries (stage, warpgroup, slab), keys and values (stage, slab), barriers, the query tiles'
 // places (stage).

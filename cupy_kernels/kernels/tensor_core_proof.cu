@@ -127,7 +127,7 @@ DEVICE void multiply(float (&sums)[SUMS], const Stored* left, const Stored* righ
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) prove_products(ProofParameters parameters) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) prove_products(ProofParameters parameters) {
   const Place place;
   const int first = blockIdx.x / parameters.matrices, second = blockIdx.x % parameters.matrices;
   const float* before = parameters.before + (first + second) % parameters.matrices * ROWS * COLUMNS;
