@@ -138,13 +138,23 @@ class KernelSanitizer(MarkdownDirective):
     """What compute-sanitizer found."""
 
     def lines(self) -> list[str]:
-        """Return one sentence."""
+        """Return a sentence for all programs, and one for `flash3` alone."""
         report = measurement("kernel-sanitizer")
-        found = ", ".join(
-            f"{name} {tool['errors']} errors on {tool['tally']['problems']} problems"
-            for name, tool in report["tools"].items()
-        )
-        return [f"{measured_on(report)}, compute-sanitizer {report['compute_sanitizer']}: {found}."]
+        return [
+            f"{measured_on(report)}, compute-sanitizer {report['compute_sanitizer']}, all programs: "
+            f"{self.found(report['tools'])}. `flash3` alone: {self.found(report['flash3_tools'])}."
+        ]
+
+    @staticmethod
+    def found(tools: dict[str, Any]) -> str:
+        """Return the errors of every tool; calls of the driver that failed are not the kernels'."""
+        texts = []
+        for name, tool in tools.items():
+            failed_calls = tool.get("failed_calls", {})
+            errors = tool["errors"] - sum(failed_calls.values())
+            besides = "".join(f" (and {number} failed calls of {which})" for which, number in failed_calls.items())
+            texts.append(f"{name} {errors} errors on {tool['problems']} problems{besides}")
+        return ", ".join(texts)
 
 
 class KernelSpeed(MarkdownDirective):
