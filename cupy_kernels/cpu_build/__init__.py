@@ -314,7 +314,7 @@ def run_program(
     kernels
         Directory of the kernels' source.
     metadata
-        Where to add the bytes that kernels read to know what to do, by array.
+        Where to add the bytes that are no part of the traffic, by what for.
 
     Returns
     -------

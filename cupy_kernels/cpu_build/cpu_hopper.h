@@ -8,7 +8,7 @@
 // they are initialised and published, too many arrivals, bytes that were not expected, boxes beside an array or not
 // aligned, stored matrices that were not published to whoever reads them, products that not all of a warpgroup starts,
 // that were not fenced off from their registers, or whose sums are touched, counts of threads at named barriers,
-// registers that do not exist, anything under way at the end.
+// registers that do not exist, numbers that are not the same in all lanes, anything under way at the end.
 #pragma once
 
 #include <math.h>
@@ -797,14 +797,19 @@ inline int uniform(int number) {
   cpu::together(&given, 0, [](cpu::Thread* lanes) {
     const auto of = [&](int lane) { return static_cast<const cpu::Uniform*>(lanes[lane].operands); };
     for (int lane = 0; lane < cpu::WARP_LANES; lane++) {
-      if (of(lane)->given != of(0)->given) cpu::record("has a number that other lanes do not have");
       *of(lane)->taken = of(0)->given;
+      cpu::block.running = &lanes[lane];
+      if (of(lane)->given != of(0)->given) return cpu::record("has a number that other lanes do not have");
     }
   });
   return taken;
 }
 
-inline void prefetch_map(const TensorMap* map) { cpu::read_map(map); }
+// An empty array, of which nothing is copied, has a map of zeros.
+inline void prefetch_map(const TensorMap* map) {
+  const TensorMap none = {};
+  if (memcmp(map, &none, sizeof none)) cpu::read_map(map);
+}
 
 inline void start_box_load(
     void* shared, const TensorMap* map, Barrier* barrier, Reuse, int column, int row, int head, int batch) {

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simattn
-from simattn.algorithms.flash3 import Flash3Plan, packed_rows, unpacked_rows
+from simattn.algorithms.flash3 import (
+    FORWARD_TILES,
+    MASKED_FORWARD_TILES,
+    SHORT_FORWARD_TILES,
+    SHORT_LENGTH,
+    SHORT_MASKED_FORWARD_TILES,
+    Flash3Plan,
+    keys_of_a_row,
+    packed_rows,
+    unpacked_rows,
+)
 from simattn.problem import PackedProblem
 from simattn.testing import attention_inputs, attention_problems, tiles_for
 
@@ -94,3 +104,54 @@ def test_rows_are_packed_by_position():
 def test_refuses(shape, options, named):
     with pytest.raises(ValueError, match=named):
         simattn.count("flash3", q_len=8, **shape, **options)
+
+
+# The tiles of a GPU's plan
+
+
+@given(attention_problems(block_sparse=False))
+def test_keys_of_a_row_are_the_most_that_a_query_sees(problem):
+    def seen(some):
+        return np.count_nonzero(some.visible_elements(), axis=1).max(initial=0)
+
+    assert seen(problem) <= keys_of_a_row(problem)
+    # With a query for every key, some query sees the whole window, or all keys.
+    assert seen(replace(problem, q_len=problem.kv_len)) == keys_of_a_row(problem)
+
+
+UNMASKED, MASKED = (FORWARD_TILES, SHORT_FORWARD_TILES), (MASKED_FORWARD_TILES, SHORT_MASKED_FORWARD_TILES)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kv_len", "tables", "is_short"),
+    [
+        ({}, SHORT_LENGTH, UNMASKED, False),
+        ({}, SHORT_LENGTH - 1, UNMASKED, True),
+        ({"causal": True}, SHORT_LENGTH, MASKED, False),
+        ({"causal": True}, SHORT_LENGTH - 1, MASKED, True),
+        # However long sequences are, it is the window that counts.
+        ({"window": (1000, 535)}, 1 << 20, MASKED, False),
+        ({"window": (1000, 534)}, 1 << 20, MASKED, True),
+        ({"window": (1000, 535)}, SHORT_LENGTH - 1, MASKED, True),
+        # One side of it alone, unless a causal mask is the other.
+        ({"window": (4, None)}, SHORT_LENGTH, MASKED, False),
+        ({"window": (None, 4)}, SHORT_LENGTH, MASKED, False),
+        ({"window": (4, None), "causal": True}, SHORT_LENGTH, MASKED, True),
+        ({"window": (SHORT_LENGTH - 1, 0), "causal": True}, 1 << 20, MASKED, False),
+        ({"window": (SHORT_LENGTH - 2, 99), "causal": True}, 1 << 20, MASKED, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 96, 128, 192, 256])
+def test_tiles_depend_on_the_mask_and_on_how_many_keys_a_row_sees(mask, kv_len, tables, is_short, head_dim):
+    bucket = next(limit for limit in FORWARD_TILES if head_dim <= limit)
+    expected = tables[is_short][bucket]
+    for shape in ({"head_dim": head_dim}, {"head_dim": 8, "value_dim": head_dim}):
+        plan = simattn.default_plan("flash3", q_len=4096, kv_len=kv_len, **shape, dtype="float16", **mask)
+        assert (plan.tiles.q, plan.tiles.kv) == expected
+
+
+def test_the_tables_of_tiles_differ():
+    """Else the test above would say little."""
+    assert len({tuple(sorted(table.items())) for table in (*UNMASKED, *MASKED)}) == 4
+    assert all(set(table) == set(FORWARD_TILES) for table in (*UNMASKED, *MASKED))

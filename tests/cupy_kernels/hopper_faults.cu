@@ -65,6 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) faults(const __grid_con
     sync_named(number, fault == PART_OF_A_WARP ? 48 : fault == OTHER_COUNT && warp == 5 ? 96 : WARPGROUP);
   };
   named(1);
+  const int warp_row = uniform(warp % 4 * 16 + (fault == NOT_UNIFORM && warp == 7 && lane == 5));
   unsigned long long a = describe_matrix(shared_address(shared), 0);
   unsigned long long b = describe_matrix(shared_address(shared + TILE_BYTES), 0);
   if (fault == NO_SWIZZLE) a &= ~(3ull << 62);
@@ -104,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) faults(const __grid_con
   if (fault != NOT_FINISHED) wait_for_products<0>();
 
   for (int i = 0; i < 32; i += 8) {
-    const int row = warp % 4 * 16 + lane % 16, chunk = i / 4 + lane / 16;
+    const int row = warp_row + lane % 16, chunk = i / 4 + lane / 16;
     store_matrices(
         staged + row * SLAB_ROW_BYTES + (chunk ^ row % 8) * 16, round_pair<bfloat16>(out[i], out[i + 1]),
         round_pair<bfloat16>(out[i + 2], out[i + 3]), round_pair<bfloat16>(out[i + 4], out[i + 5]),

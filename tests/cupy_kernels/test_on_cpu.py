@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from repairs import repaired_bytes
 
-from cupy_kernels import attention, attention_backward, cpu_build, default_plan, verify, workspace_bytes
+from cupy_kernels import attention, attention_backward, count_traffic, cpu_build, default_plan, verify, workspace_bytes
+from cupy_kernels.flash3 import REPAIRED_ROWS
 from cupy_kernels.parameters import struct_of
+from cupy_kernels.ragged import RaggedProblem
 from cupy_kernels.table import ALGORITHMS
 from simattn import AttentionProblem, run, run_backward
 
@@ -78,6 +81,35 @@ def test_arrays_may_be_broadcast(device):
         on_device.append(view)
     expected = run("flash2", q, *wide, arithmetic="simt", plan=default_plan(problem))
     assert verify.differing_elements(verify.from_device(attention(*on_device)), expected.out) == 0
+
+
+@pytest.mark.parametrize("lengths", [None, ((1, 0), (70, 0))])
+@pytest.mark.parametrize("causal", [False, True])
+def test_there_may_be_no_key_at_all(device, lengths, causal):
+    """The kernel is handed no tensor map of keys and values then."""
+    problem = AttentionProblem(q_len=71, kv_len=0, heads=2, dtype="bfloat16", causal=causal)
+    case = verify.random_case("flash3", "forward", problem)
+    if lengths is not None:
+        case = replace(case, problem=RaggedProblem.of(problem, lengths), lengths=lengths)
+    assert differences(verify.compare(case, verify.simulate(case))) == NOTHING
+
+
+def test_what_is_read_again_is_no_part_of_the_traffic(device):
+    """An infinite value of the last key is hidden from all rows but the last, which are computed anew."""
+    problem = AttentionProblem(q_len=32, kv_len=32, heads=2, dtype="bfloat16", causal=True)
+    case = verify.random_case("flash3", "forward", problem)
+    read = []
+    for value in (1.0, np.inf):
+        case.inputs["v"][:, -1] = value
+        expected = verify.simulate(case)
+        with count_traffic() as counted:
+            out = attention(*(verify.on_device(case.inputs[name]) for name in "qkv"), causal=True, algorithm="flash3")
+        assert verify.differing_elements(verify.from_device(out), expected.results["out"]) == 0
+        assert counted.traffic == expected.traffic
+        read.append(counted.metadata)
+    schedule = {"schedule": 4 * problem.heads}
+    assert read == [schedule, {**schedule, REPAIRED_ROWS: repaired_bytes(case, expected)[0]}]
+    assert read[1][REPAIRED_ROWS] > 0
 
 
 FORWARD = {"algorithms": ("flash2",), "directions": ("forward",)}
@@ -151,6 +183,46 @@ def test_cases_depend_on_seed_and_index_alone():
     assert verify.describe(first) == verify.describe(again) != verify.describe(other)
     for name, values in first.inputs.items():
         assert verify.differing_elements(values, again.inputs[name]) == 0
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "programs"),
+    [
+        (list(ALGORITHMS), list(verify.PROGRAMS)),
+        (["flash3"], [("flash3", "forward")]),
+        (["flash3", "flash1"], [("flash1", "forward"), ("flash1", "backward"), ("flash3", "forward")]),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_programs_of_some_algorithms(algorithms, programs):
+    assert sorted(verify.programs_of(algorithms)) == sorted(programs)
+
+
+def test_programs_are_drawn_in_turn():
+    programs = verify.programs_of(["flash1", "flash3"])
+    drawn = [verify.draw_case(5, index, 20, programs) for index in range(2 * len(programs))]
+    assert [(case.algorithm, case.direction) for case in drawn] == 2 * list(programs)
+    kernels = verify.variants_of_chunk(5, 0, 4, 20, verify.programs_of(["flash3"]))
+    assert {kernel.function for kernel in kernels} == {"flash3_forward"}
+
+
+def test_the_verifier_draws_problems_of_some_algorithms(device, tmp_path, capsys):
+    output = tmp_path / "summary.json"
+    arguments = ["--problems", "3", "--seed", "4", "--output", str(output), "--longest", "20", "--processes", "1"]
+    assert verify.main([*arguments, "--algorithm", "flash3", "--algorithm", "standard"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == 3
+    report = json.loads(output.read_text())
+    chosen = ("standard", "flash3")
+    assert report["request"]["programs"] == [" ".join(one) for one in verify.PROGRAMS if one[0] in chosen]
+    assert {kind.split()[0] for kind in report["problems_by_kind"]} == set(chosen)
+    assert not any(launch.variant.function.startswith(("flash1", "flash2")) for launch in device.launches)
+    for others in (["--algorithm", "flash3"], []):  # what was not asked for before
+        with pytest.raises(ValueError, match=r"holds results of request .*'standard forward'.*: expected"):
+            verify.main([*arguments, *others])
+    with pytest.raises(SystemExit):
+        verify.main([*arguments, "--algorithm", "flash9"])
+    assert "invalid choice: 'flash9'" in capsys.readouterr().err
 
 
 def test_the_verifier_goes_on_where_it_was(device, tmp_path):

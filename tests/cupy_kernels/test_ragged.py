@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repairs import repaired_bytes
 
 from cupy_kernels import attention, count_traffic, cpu_build, verify
 from cupy_kernels.cpu_build import COPIES, ORDERS, KernelFaultError, run_program
+from cupy_kernels.flash3 import REPAIRED_ROWS
 from cupy_kernels.program import Array, Boxes
 from cupy_kernels.ragged import OFFSETS, RaggedProblem, offsets_of
 from cupy_kernels.table import default_plan, make_program
@@ -102,6 +104,8 @@ def assert_right(case, **options):
         assert_same_bits(found[name], wanted, name=name)
     assert traffic == expected.traffic
     assert metadata.get("sequence_offsets", 0) == expected.offset_bytes
+    least, most = repaired_bytes(case, expected)
+    assert least <= metadata.get(REPAIRED_ROWS, 0) <= most
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -330,15 +334,15 @@ def test_other_gpus_are_refused():
 
 # Faults planted in the source
 
-WHOLE = "RAGGED_ROWS - problem.{0} + {1}.start + {2}, problem.{0}"
+WHOLE = "RAGGED_ROWS - {0} + {1}.start + {2}, {0}"
 
 FAULTS = {
     "keys of a neighbour": (
         "ragged_row(work.keys, tile * KEY_ROWS), ragged_end(work.keys)",
-        WHOLE.format("kv_len", "work.keys", "tile * KEY_ROWS")),
+        WHOLE.format("problem.kv_len", "work.keys", "tile * KEY_ROWS")),
     "results over a neighbour's": (
         "ragged_row(work.queries, warp_row), ragged_end(work.queries)",
-        WHOLE.format("q_len", "work.queries", "warp_row")),
+        WHOLE.format("parameters.problem.q_len", "work.queries", "warp_row")),
     "statistics of the array's first rows": ("0, head, work.queries.start + position", "0, head, position"),
     "keys that end elsewhere": ("  return work.keys.length;", "  return work.keys.length + 1;"),
     "queries that end elsewhere": ("  return work.queries.length;", "  return work.queries.length + 1;"),
