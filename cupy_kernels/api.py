@@ -461,6 +461,8 @@ def explain(
     window: Window | None = ...,
     algorithm: str | None = ...,
     direction: Direction = ...,
+    cu_seqlens_q: Any = ...,
+    cu_seqlens_k: Any = ...,
     deterministic: bool = ...,
     plan: Plan | None = ...,
 ) -> Explanation: ...
@@ -477,6 +479,8 @@ def explain(
     window: Window | None = None,
     algorithm: str | None = None,
     direction: Direction = "forward",
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     deterministic: bool = False,
     plan: Plan | None = None,
 ) -> Explanation:
@@ -496,6 +500,8 @@ def explain(
         As the call has them.
     direction
         "forward" for :func:`attention`, "backward" for :func:`attention_backward`.
+    cu_seqlens_q, cu_seqlens_k
+        As :func:`attention` has them.
     deterministic
         As :func:`attention_backward` has it.
 
@@ -524,7 +530,8 @@ def explain(
     _check_flag("deterministic", deterministic)
     arrays: dict[str, Any] = {}
     if isinstance(q, AttentionProblem):
-        for name, value in (("k", k), ("v", v), ("scale", scale), ("causal", causal or None), ("window", window)):
+        beside = {"k": k, "v": v, "scale": scale, "causal": causal or None, "window": window}
+        for name, value in (beside | dict(zip(OFFSETS, (cu_seqlens_q, cu_seqlens_k), strict=True))).items():
             if value is not None:
                 raise TypeError(f"{name} is given beside a problem, which describes it: expected arrays or a problem")
         problem, gpu = q, get_hardware(DEFAULT_HARDWARE if hardware is None else hardware)
@@ -536,6 +543,8 @@ def explain(
         device = arrays["q"].data.device_id
         for name, array in arrays.items():
             check_device(name, array.data.device_id, device)
+        if cu_seqlens_q is not None or cu_seqlens_k is not None:
+            arrays |= zip(OFFSETS, _offsets(device, cu_seqlens_q, cu_seqlens_k), strict=True)
         if scale is not None:
             scale = _number("scale", scale)
         if window is not None:

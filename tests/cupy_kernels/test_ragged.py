@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repairs import repaired_bytes
 
-from cupy_kernels import attention, count_traffic, cpu_build, verify
+from cupy_kernels import attention, count_traffic, cpu_build, explain, verify
 from cupy_kernels.cpu_build import COPIES, ORDERS, KernelFaultError, run_program
 from cupy_kernels.flash3 import REPAIRED_ROWS
 from cupy_kernels.program import Array, Boxes
@@ -281,6 +281,22 @@ def test_a_further_call_with_other_lengths_prepares_nothing(device):
     assert len(device.loaded) == 1
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_a_call_runs_is_explained(kernels, mask):
+    case = case_of(LENGTHS, **mask)
+    given = arguments_of(case)
+    found = explain(**given, **mask)
+    assert (found.algorithm, found.problem) == ("flash3", case.problem)
+    attention(**given, **mask)
+    (launched,), (explained,) = kernels.launches, found.kernels
+    assert (launched.grid, launched.block) == ((explained.blocks,), (explained.threads,))
+    assert {name.lower(): value for name, value in launched.variant.macros} == dict(explained.build)
+    with pytest.raises(ValueError, match="cu_seqlens_k is missing beside cu_seqlens_q"):
+        explain(**{**given, "cu_seqlens_k": None})
+    with pytest.raises(TypeError, match="cu_seqlens_q is given beside a problem"):
+        explain(case.problem, cu_seqlens_q=given["cu_seqlens_q"])
+
+
 def test_results_go_where_they_are_asked_to(device):
     case = case_of(LENGTHS)
     expected = verify.simulate(case).results
@@ -321,8 +337,10 @@ def elsewhere(array):
 )  # fmt: skip
 def test_arguments_that_are_refused(kernels, change, error, message):
     given = {"algorithm": "flash3", **arguments_of(case_of(LENGTHS))}
-    with pytest.raises(error, match=message):
-        attention(**{**given, **change(given)})
+    changed = {**given, **change(given)}
+    for call in (attention,) if "out" in changed else (attention, explain):
+        with pytest.raises(error, match=message):
+            call(**changed)
     assert not kernels.launches
 
 
