@@ -531,7 +531,8 @@ def explain(
     arrays: dict[str, Any] = {}
     if isinstance(q, AttentionProblem):
         beside = {"k": k, "v": v, "scale": scale, "causal": causal or None, "window": window}
-        for name, value in (beside | dict(zip(OFFSETS, (cu_seqlens_q, cu_seqlens_k), strict=True))).items():
+        beside |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        for name, value in beside.items():
             if value is not None:
                 raise TypeError(f"{name} is given beside a problem, which describes it: expected arrays or a problem")
         problem, gpu = q, get_hardware(DEFAULT_HARDWARE if hardware is None else hardware)

@@ -805,11 +805,7 @@ inline int uniform(int number) {
   return taken;
 }
 
-// An empty array, of which nothing is copied, has a map of zeros.
-inline void prefetch_map(const TensorMap* map) {
-  const TensorMap none = {};
-  if (memcmp(map, &none, sizeof none)) cpu::read_map(map);
-}
+inline void prefetch_map(const TensorMap* map) { cpu::read_map(map); }
 
 inline void start_box_load(
     void* shared, const TensorMap* map, Barrier* barrier, Reuse, int column, int row, int head, int batch) {
