@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import NoReturn
 
 import numpy as np
@@ -26,6 +27,9 @@ ALGORITHMS: dict[str, KernelAlgorithm] = {
 
 DEFAULT_ALGORITHM = "flash2"
 """What runs on every device."""
+
+DEFAULT_LENGTHS = (256, 1024, 4096, 16384)
+"""Sequence lengths by which every default plan is met."""
 
 UNNAMED = tuple(ALGORITHMS[name] for name in ("flash3", DEFAULT_ALGORITHM))
 """Of these a call without algorithm and plan runs the first that takes its problem: the fastest comes first.
@@ -229,16 +233,12 @@ def default_programs(problem: AttentionProblem, hardware: str | Hardware = DEFAU
 def default_kernels(hardware: str | Hardware = DEFAULT_HARDWARE) -> list[Kernel]:
     """Return the kernels of the default plans of a GPU, each once."""
     found: dict[Kernel, None] = {}
-    for dtype in STORAGE_TYPES:
-        for columns in COLUMN_BUCKETS:
-            for causal in (False, True):
-                # Long and grouped enough for every step of a program to have something to do.
-                for problem_class in (AttentionProblem, RaggedProblem):
-                    problem = problem_class(
-                        heads=2, kv_heads=1, q_len=256, head_dim=columns, dtype=dtype, causal=causal
-                    )
-                    for program in default_programs(problem, hardware):
-                        found |= dict.fromkeys(step.kernel for step in program.steps)
+    cases = product(STORAGE_TYPES, COLUMN_BUCKETS, (False, True), DEFAULT_LENGTHS, (AttentionProblem, RaggedProblem))
+    for dtype, columns, causal, length, problem_class in cases:
+        # Long and grouped enough for every step of a program to have something to do.
+        problem = problem_class(heads=2, kv_heads=1, q_len=length, head_dim=columns, dtype=dtype, causal=causal)
+        for program in default_programs(problem, hardware):
+            found |= dict.fromkeys(step.kernel for step in program.steps)
     return list(found)
 
 

@@ -7,7 +7,11 @@ the CPU build reads a plain record instead.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cupy_kernels.parameters import MAP_BYTES
@@ -29,11 +33,27 @@ RAGGED_STRIDE = 1 << 34
 
 MOST_BOX_ROWS = 256
 
+MAP_ALIGNMENT = 64
+"""Where the driver writes a map: at a multiple of so many bytes."""
+
+DATA_TYPES = {"float16": 6, "bfloat16": 9}
+INTERLEAVE_NONE, SWIZZLE_128_BYTES, L2_PROMOTION_256_BYTES, FILL_ZEROS = 0, 3, 3, 0
+"""Numbers of cuda.h: ``CUtensorMapDataType`` and what is asked for beyond extents. What lies outside the array arrives
+as zeros."""
+
 CPU_RECORD = struct.Struct("<4sIQII5I5I4Q")
 """``cpu::TensorMapRecord``: mark, padding, address, bytes of an element, axes, their extents, those of the box, bytes
 between the elements of each axis but the first."""
 
 CPU_MARK = b"BOX\0"
+
+
+@functools.cache
+def _encode_tiled() -> Callable[..., int]:
+    """Return the driver's function, by its name alone: bindings look up all those of their CUDA version."""
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    encode: Callable[..., int] = driver.cuTensorMapEncodeTiled
+    return encode
 
 
 @dataclass(frozen=True)
@@ -136,29 +156,26 @@ class TensorMap:
         RuntimeError
             If the driver does not take it.
         """
-        from cuda.bindings import driver
-
-        types = {
-            "float16": driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            "bfloat16": driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        }
         rank = len(self.extents)
-        status, made = driver.cuTensorMapEncodeTiled(
-            types[self.dtype],
-            rank,
-            address,
-            [driver.cuuint64_t(extent) for extent in self.extents],
-            [driver.cuuint64_t(stride) for stride in self.strides],
-            [driver.cuuint32_t(extent) for extent in self.box],
-            [driver.cuuint32_t(1)] * rank,
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,  # outside the array: zeros
+        room = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
+        place = -(-ctypes.addressof(room) // MAP_ALIGNMENT) * MAP_ALIGNMENT
+        status = _encode_tiled()(
+            ctypes.c_void_p(place),
+            DATA_TYPES[self.dtype],
+            ctypes.c_uint32(rank),
+            ctypes.c_void_p(address),
+            (ctypes.c_uint64 * rank)(*self.extents),
+            (ctypes.c_uint64 * (rank - 1))(*self.strides),
+            (ctypes.c_uint32 * rank)(*self.box),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            INTERLEAVE_NONE,
+            SWIZZLE_128_BYTES,
+            L2_PROMOTION_256_BYTES,
+            FILL_ZEROS,
         )
-        if int(status):
-            raise RuntimeError(f"the driver encodes no tensor map of {self} at {address:#x}: {status!r}")
-        return struct.pack("<16Q", *(int(word) for word in made.opaque))
+        if status:
+            raise RuntimeError(f"the driver encodes no tensor map of {self} at {address:#x}: CUresult {status}")
+        return ctypes.string_at(place, MAP_BYTES)
 
     def cpu_record(self, address: int) -> bytes:
         """Return the map as the CPU build takes it."""

@@ -197,6 +197,8 @@ inline float maximum_number(float a, float b) {
   return b != b ? a : maximum(a, b);
 }
 
+inline float number_after(float number, float) { return maximum_number(number, -infinity()); }
+
 inline bool is_either_nan(float a, float b) { return a != a || b != b; }
 
 inline unsigned fresh_thread_index() { return cpu::block.running->index.x; }

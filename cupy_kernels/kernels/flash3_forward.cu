@@ -41,8 +41,12 @@ constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
 constexpr int SLABS = (COLUMNS + SLAB_COLUMNS - 1) / SLAB_COLUMNS;
 constexpr int SCORES = KEY_ROWS / 2;   // of a thread, in two rows
 constexpr int OUTPUTS = COLUMNS / 2;
-constexpr bool SKIPS_CORRECTIONS = COLUMNS >= 128;  // worth a vote
 constexpr int STEP = 16;               // contracted elements of a product
+// What was faster on an H100: a vote on whether any row's maximum was raised, and maxima in one chain instead of two; a
+// wait for the next keys among the exponentials instead of before the turn.
+constexpr bool SKIPS_CORRECTIONS = COLUMNS > 128 || (COLUMNS == 128 && !MASKED);
+constexpr bool IN_ONE_CHAIN = SKIPS_CORRECTIONS;
+constexpr bool WAITS_AMONG_EXPONENTIALS = CONSUMERS < 3;
 // Its schedule takes more than 24 registers only where the order of ragged tiles is not turned round.
 constexpr bool SPARES_PRODUCER = COLUMNS > 192 && (MASKED || !RAGGED);
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? (SPARES_PRODUCER ? 24 : 40) : 32;
@@ -508,41 +512,49 @@ DEVICE void hide(float (&scores)[SCORES], const Sight& sight, int tile) {
   }
 }
 
-// Take a tile of scores into the running softmax, and replace them by probabilities.
+// Largest of the thread's scores of a row, or a number if that is larger.
+DEVICE float largest(const float (&scores)[SCORES], int row, float number) {
+  float even = number, odd = number;
+#pragma unroll
+  for (int i = 2 * row; i < SCORES; i += 4) {
+    even = maximum_number(even, scores[i]);
+    float& chain = IN_ONE_CHAIN ? even : odd;
+    chain = maximum_number(chain, scores[i + 1]);
+  }
+  return IN_ONE_CHAIN ? even : maximum_number(even, odd);
+}
+
+// Raise the maximum of a row to the largest number of the threads that share it. Returns what its scores are taken
+// relative to, scaled.
 template <bool FIRST>
-DEVICE void update_softmax(SoftmaxState& state, float (&scores)[SCORES], float scale_log2) {
+DEVICE float raise_maximum(SoftmaxState& state, int row, float row_max, float scale_log2) {
+  row_max = maximum_number(row_max, shuffle_xor(row_max, 1));
+  row_max = maximum_number(row_max, shuffle_xor(row_max, 2));
+  const float reference = reference_of(row_max, scale_log2);
+  if (!FIRST) {
+    state.correction[row] = exp2_approximate(__fmul_rn(__fsub_rn(state.row_max[row], reference), scale_log2));
+  }
+  state.row_max[row] = row_max;
+  return __fmul_rn(reference, scale_log2);
+}
+
+// Replace the scores of a row by probabilities, and add these to its sum.
+template <bool FIRST>
+DEVICE void take_exponentials(
+    SoftmaxState& state, int row, float (&scores)[SCORES], float scale_log2, float scaled_reference) {
 #pragma unroll
-  for (int row = 0; row < 2; row++) {
-    float even = scores[2 * row], odd = scores[2 * row + 1];
+  for (int i = 2 * row; i < SCORES; i += 4) {
+    scores[i] = exp2_approximate(__fmaf_rn(scores[i], scale_log2, -scaled_reference));
+    scores[i + 1] = exp2_approximate(__fmaf_rn(scores[i + 1], scale_log2, -scaled_reference));
+    if (i == 2 * row) {
 #pragma unroll
-    for (int i = 4 + 2 * row; i < SCORES; i += 4) {
-      even = maximum_number(even, scores[i]);
-      odd = maximum_number(odd, scores[i + 1]);
-    }
-    float row_max = maximum_number(even, odd);
-    if (!FIRST) row_max = maximum_number(row_max, state.row_max[row]);
-    row_max = maximum_number(row_max, shuffle_xor(row_max, 1));
-    row_max = maximum_number(row_max, shuffle_xor(row_max, 2));
-    const float reference = reference_of(row_max, scale_log2);
-    if (!FIRST) {
-      state.correction[row] = exp2_approximate(__fmul_rn(__fsub_rn(state.row_max[row], reference), scale_log2));
-    }
-    state.row_max[row] = row_max;
-    const float offset = -__fmul_rn(reference, scale_log2);
-#pragma unroll
-    for (int i = 2 * row; i < SCORES; i += 4) {
-      scores[i] = exp2_approximate(__fmaf_rn(scores[i], scale_log2, offset));
-      scores[i + 1] = exp2_approximate(__fmaf_rn(scores[i + 1], scale_log2, offset));
-      if (i == 2 * row) {
-#pragma unroll
-        for (int side = 0; side < 2; side++) {
-          float& sum = state.row_sum[row][side];
-          sum = FIRST ? scores[i + side] : __fmaf_rn(sum, state.correction[row], scores[i + side]);
-        }
-      } else {
-        state.row_sum[row][0] = __fadd_rn(state.row_sum[row][0], scores[i]);
-        state.row_sum[row][1] = __fadd_rn(state.row_sum[row][1], scores[i + 1]);
+      for (int side = 0; side < 2; side++) {
+        float& sum = state.row_sum[row][side];
+        sum = FIRST ? scores[i + side] : __fmaf_rn(sum, state.correction[row], scores[i + side]);
       }
+    } else {
+      state.row_sum[row][0] = __fadd_rn(state.row_sum[row][0], scores[i]);
+      state.row_sum[row][1] = __fadd_rn(state.row_sum[row][1], scores[i + 1]);
     }
   }
 }
@@ -797,9 +809,9 @@ DEVICE void finish(
   for (int row = 0; row < 2; row++) {
     const float sum = total_of(state.row_sum[row]);
     inverse[row] = inverse_of(sum);
-    // By the values alone: a probability that is NaN makes the sum NaN.
-    needs_repair |= sum == sum && holds_nan(out, row);
     const int packed = group_row + place.row + 8 * row, position = packed / PACKED_HEADS;
+    // By the values alone: a probability that is NaN makes the sum NaN.
+    needs_repair |= position < query_count(problem, work) && sum == sum && holds_nan(out, row);
     if (place.quad == 0 && position < query_count(problem, work)) {
       const int head = work.head * PACKED_HEADS + packed % PACKED_HEADS;
       const float reference = reference_of(state.row_max[row], problem.scale_log2);
@@ -877,6 +889,7 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
             uniform(work.stop_tile)};
 #endif
   };
+  const auto await_keys = [&] { wait(&barriers->k_full[keys.stage()], keys.parity()); };
   const auto start_next_scores = [&](float (&scores)[SCORES]) {
     fence_products();
     start_scores(
@@ -902,7 +915,7 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
   const auto skip_keys = [&](bool is_last) {
     await_turn(group);
     end_turn(group);
-    wait(&barriers->k_full[keys.stage()], keys.parity());
+    await_keys();
     release_keys(is_last);
   };
   const auto skip_values = [&] {
@@ -950,10 +963,17 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
     const Sight sight(problem, work, group);
     const int first_tile = sight.first_tile(), stop_tile = sight.stop_tile(first_tile);
     const int first_whole = sight.first_whole(), stop_whole = sight.stop_whole();
-    // Take the scores of a tile into the softmax. The compiler moves no exponential past the wait for the next keys, so
-    // that they overlap with the products under way.
+    // Take the scores of a tile into the softmax, one row and then the other: while the exponentials of the first are
+    // taken, there is the second's maximum to find; meanwhile of those of the second, the output to correct and
+    // probabilities to round. The compiler would wait for the products under way before any of it, and it moves nothing
+    // past a wait for keys; with three warpgroups there are enough other products to overlap with.
     const auto take_scores = [&](int tile, auto is_first, auto hides_before, auto hides_after) {
       constexpr bool FIRST = decltype(is_first)::value, BEFORE = decltype(hides_before)::value;
+      const auto end_values = [&] {
+        if (FIRST) return;
+        wait_for_products<0>();
+        release_values();
+      };
       release_keys(tile + 1 == work.stop_tile);
       if (STAGES_IN_KEYS && tile + 1 == stop_tile) {
         release(&barriers->q_empty[queries.stage()][group]);
@@ -964,25 +984,35 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
       } else if (BEFORE || decltype(hides_after)::value) {
         hide<BEFORE>(scores, sight, tile);
       }
-      update_softmax<FIRST>(state, scores, scale_log2);
-      settle(scores), settle(state.row_sum[0]), settle(state.row_sum[1]);
-      if (tile + 1 < stop_tile) wait(&barriers->k_full[keys.stage()], keys.parity());
+      const float first_max = largest(scores, 0, state.row_max[0]);
+      const float first_reference = raise_maximum<FIRST>(state, 0, first_max, scale_log2);
+      take_exponentials<FIRST>(state, 0, scores, scale_log2, first_reference);
+      const float second_max = largest(scores, 1, number_after(state.row_max[1], first_reference));
+      if (WAITS_AMONG_EXPONENTIALS) {
+        settle(scores);
+        if (tile + 1 < stop_tile) await_keys();
+        end_values();
+      }
+      const float second_reference = raise_maximum<FIRST>(state, 1, second_max, scale_log2);
+      take_exponentials<FIRST>(state, 1, scores, scale_log2, second_reference);
+      if (!WAITS_AMONG_EXPONENTIALS) end_values();
+      round_probabilities(probabilities, scores);
     };
     for (int tile = work.first_tile; tile < first_tile; tile++) {
       skip_keys(false);
       values.follow(keys);
       skip_values();
     }
-    wait(&barriers->k_full[keys.stage()], keys.parity());
+    await_keys();
     start_next_scores(scores);
     release_staged();
     wait_for_products<0>();
     take_scores(first_tile, Constant<true>(), Constant<true>(), Constant<true>());
-    round_probabilities(probabilities, scores);
 
     bool adds = false;  // whether the output holds the values of a tile
     // The scores of a tile, and meanwhile the values of the one before.
     const auto take_tile = [&](int tile, auto hides_before, auto hides_after) {
+      if (!WAITS_AMONG_EXPONENTIALS) await_keys();
       await_turn(group);
       start_next_scores(scores);
       values.follow(keys);  // not kept beside them, so that one number is left to carry from tile to tile
@@ -990,11 +1020,8 @@ DEVICE void compute(char* shared, Barriers* barriers, const Flash3ForwardParamet
       end_turn(group);
       wait_for_products<1>();
       take_scores(tile, Constant<false>(), hides_before, hides_after);
-      wait_for_products<0>();
-      release_values();
       adds = true;
-      round_probabilities(probabilities, scores);
-      // Most tiles raise no maximum of a warp's rows: a correction by 1 changes no bit.
+      // A correction by 1 changes no bit.
       if (!SKIPS_CORRECTIONS || any_lane(state.correction[0] != 1.0f || state.correction[1] != 1.0f)) {
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i++) out[i] = __fmul_rn(out[i], state.correction[i / 2 % 2]);

@@ -131,6 +131,13 @@ DEVICE float maximum_number(float a, float b) {
   return larger;
 }
 
+// A number that is not NaN, as it is. To the compiler it depends on another, so that what is made of it comes later.
+DEVICE float number_after(float number, float other) {
+  float none;  // -Inf, whatever the other is
+  asm("min.f32 %0, %1, %2;" : "=f"(none) : "f"(other), "f"(-infinity()));
+  return maximum_number(number, none);
+}
+
 DEVICE bool is_either_nan(float a, float b) {
   int either;
   asm("{\n.reg .pred either;\nsetp.nan.f32 either, %1, %2;\nselp.b32 %0, 1, 0, either;\n}\n"

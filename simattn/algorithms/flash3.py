@@ -145,13 +145,12 @@ def ragged_metadata_bytes(rows: int, sequences: int, heads: int, tile_rows: int)
 
 # Plans
 
-FORWARD_TILES = {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 112), 256: (128, 80)}
-SHORT_FORWARD_TILES = {**FORWARD_TILES, 96: (128, 128), 128: (128, 176)}
-MASKED_FORWARD_TILES = {**FORWARD_TILES, 96: (192, 96), 192: (128, 96)}
-SHORT_MASKED_FORWARD_TILES = {**MASKED_FORWARD_TILES, 96: (128, 128), 128: (128, 128)}
-SHORT_LENGTH = 1536
-"""Tiles (query rows, key rows) of this project's kernel by head dimension, rounded up: the fastest on an H100 without
-and with a mask, and for rows that see fewer keys than the length given."""
+FORWARD_TILES = {64: (192, 128), 96: (192, 112), 128: (128, 176), 192: (128, 112), 256: (128, 80)}
+"""Tiles (query rows, key rows) of this project's kernel by head dimension, rounded up: the fastest on an H100."""
+
+SHORT_FORWARD_TILES = {96: (1536, (128, 128)), 128: (6144, (128, 128)), 192: (1536, (128, 96)), 256: (768, (128, 64))}
+SHORT_MASKED_FORWARD_TILES = {64: (1536, (128, 128)), **SHORT_FORWARD_TILES}
+"""The fastest for rows that see fewer keys than a number, and that number; without and with a mask."""
 
 FLOAT8_FORWARD_TILES = {64: (192, 160), 96: (192, 128), 128: (128, 224), 192: (128, 160), 256: (128, 128)}
 BACKWARD_TILES = {64: (128, 128), 96: (64, 128), 128: (80, 128), 192: (64, 96), 256: (64, 80)}
@@ -189,16 +188,17 @@ def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Directio
     columns = max(problem.head_dim, problem.value_dim)
     if direction == "backward":
         table = MASKED_BACKWARD_TILES if is_masked(problem) else BACKWARD_TILES
-    elif problem.is_float8:
-        table = FLOAT8_FORWARD_TILES
     else:
-        is_short = keys_of_a_row(problem) < SHORT_LENGTH
-        if is_masked(problem):
-            table = SHORT_MASKED_FORWARD_TILES if is_short else MASKED_FORWARD_TILES
-        else:
-            table = SHORT_FORWARD_TILES if is_short else FORWARD_TILES
+        table = FLOAT8_FORWARD_TILES if problem.is_float8 else FORWARD_TILES
     bucket = next((limit for limit in table if columns <= limit), None)
-    return candidates(direction, None if bucket is None else table[bucket])
+    if bucket is None:
+        return candidates(direction)
+    first = table[bucket]
+    if direction == "forward" and not problem.is_float8:
+        short = SHORT_MASKED_FORWARD_TILES if is_masked(problem) else SHORT_FORWARD_TILES
+        length, tiles = short.get(bucket, (0, first))
+        first = tiles if keys_of_a_row(problem) < length else first
+    return candidates(direction, first)
 
 
 ALGORITHM = Algorithm(

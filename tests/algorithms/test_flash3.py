@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 import simattn
 from simattn.algorithms.flash3 import (
     FORWARD_TILES,
-    MASKED_FORWARD_TILES,
     SHORT_FORWARD_TILES,
-    SHORT_LENGTH,
     SHORT_MASKED_FORWARD_TILES,
     Flash3Plan,
     keys_of_a_row,
@@ -119,39 +117,50 @@ def test_keys_of_a_row_are_the_most_that_a_query_sees(problem):
     assert seen(replace(problem, q_len=problem.kv_len)) == keys_of_a_row(problem)
 
 
-UNMASKED, MASKED = (FORWARD_TILES, SHORT_FORWARD_TILES), (MASKED_FORWARD_TILES, SHORT_MASKED_FORWARD_TILES)
-
-
 @pytest.mark.parametrize(
-    ("mask", "kv_len", "tables", "is_short"),
+    ("mask", "beyond"),
     [
-        ({}, SHORT_LENGTH, UNMASKED, False),
-        ({}, SHORT_LENGTH - 1, UNMASKED, True),
-        ({"causal": True}, SHORT_LENGTH, MASKED, False),
-        ({"causal": True}, SHORT_LENGTH - 1, MASKED, True),
+        ({}, None),
+        ({"causal": True}, None),
         # However long sequences are, it is the window that counts.
-        ({"window": (1000, 535)}, 1 << 20, MASKED, False),
-        ({"window": (1000, 534)}, 1 << 20, MASKED, True),
-        ({"window": (1000, 535)}, SHORT_LENGTH - 1, MASKED, True),
+        ({"window": (100, "rest")}, 1 << 20),
+        ({"window": (100, "rest")}, 0),
+        ({"window": ("rest", 100), "causal": True}, 1 << 20),
         # One side of it alone, unless a causal mask is the other.
-        ({"window": (4, None)}, SHORT_LENGTH, MASKED, False),
-        ({"window": (None, 4)}, SHORT_LENGTH, MASKED, False),
-        ({"window": (4, None), "causal": True}, SHORT_LENGTH, MASKED, True),
-        ({"window": (SHORT_LENGTH - 1, 0), "causal": True}, 1 << 20, MASKED, False),
-        ({"window": (SHORT_LENGTH - 2, 99), "causal": True}, 1 << 20, MASKED, True),
+        ({"window": (4, None)}, None),
+        ({"window": (None, 4)}, None),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 96, 128, 192, 256])
-def test_tiles_depend_on_the_mask_and_on_how_many_keys_a_row_sees(mask, kv_len, tables, is_short, head_dim):
+def test_tiles_depend_on_the_mask_and_on_how_many_keys_a_row_sees(mask, beyond, head_dim):
+    """``beyond`` says how many more keys there are than a row sees; "rest" is the side that makes up what it sees."""
     bucket = next(limit for limit in FORWARD_TILES if head_dim <= limit)
-    expected = tables[is_short][bucket]
-    for shape in ({"head_dim": head_dim}, {"head_dim": 8, "value_dim": head_dim}):
-        plan = simattn.default_plan("flash3", q_len=4096, kv_len=kv_len, **shape, dtype="float16", **mask)
-        assert (plan.tiles.q, plan.tiles.kv) == expected
+    short = SHORT_MASKED_FORWARD_TILES if mask else SHORT_FORWARD_TILES
+    length, short_tiles = short.get(bucket, (1000, FORWARD_TILES[bucket]))
+    for seen, expected in ((length - 1, short_tiles), (length, FORWARD_TILES[bucket])):
+        options = dict(mask)
+        if beyond is not None:
+            right = 0 if mask.get("causal") else 100
+            options["window"] = tuple(seen - 1 - right if side == "rest" else side for side in mask["window"])
+        for shape in ({"head_dim": head_dim}, {"head_dim": 8, "value_dim": head_dim}):
+            plan = simattn.default_plan(
+                "flash3", q_len=4096, kv_len=seen + (beyond or 0), **shape, dtype="float16", **options
+            )
+            assert (plan.tiles.q, plan.tiles.kv) == expected
 
 
-def test_the_tables_of_tiles_differ():
-    """Else the test above would say little."""
-    assert len({tuple(sorted(table.items())) for table in (*UNMASKED, *MASKED)}) == 4
-    assert all(set(table) == set(FORWARD_TILES) for table in (*UNMASKED, *MASKED))
+def test_a_window_and_a_causal_mask_together_count_once():
+    length, tiles = SHORT_MASKED_FORWARD_TILES[64]
+    shape = {"q_len": 4096, "kv_len": 1 << 20, "head_dim": 64, "dtype": "float16", "causal": True}
+    plan = simattn.default_plan("flash3", **shape, window=(length - 2, 99))
+    assert (plan.tiles.q, plan.tiles.kv) == tiles != FORWARD_TILES[64]
+    plan = simattn.default_plan("flash3", **shape, window=(length - 1, 99))
+    assert (plan.tiles.q, plan.tiles.kv) == FORWARD_TILES[64]
+
+
+def test_every_length_of_the_tables_changes_the_tiles():
+    """Else the tests above would say little."""
+    assert SHORT_MASKED_FORWARD_TILES != SHORT_FORWARD_TILES
+    for table in (SHORT_FORWARD_TILES, SHORT_MASKED_FORWARD_TILES):
+        assert all(tiles != FORWARD_TILES[bucket] for bucket, (_, tiles) in table.items())

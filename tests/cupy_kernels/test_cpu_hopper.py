@@ -238,10 +238,9 @@ FLASH3_FAULTS = {
         "no wait for the scores": (KERNEL, r"wait_for_products<1>\(\);", ""),
         "no wait for the output": (KERNEL, r"wait_for_products<0>\(\);(\s+release_values)", r"\1"),
         "probabilities overwritten while they are read": (
-            KERNEL,
-            r"(wait_for_products<0>\(\);\s+release_values\(\);\s+adds = true;)(\s+round_probabilities\(.*\);)",
-            r"\2 \1",
-        ),
+            KERNEL, r"(if \(WAITS_AMONG_EXPONENTIALS\) \{)", r"round_probabilities(probabilities, scores); \1"),
+        "keys not awaited": (KERNEL, r"if \(tile \+ 1 < stop_tile\) await_keys\(\);", ""),
+        "keys awaited that do not come": (KERNEL, r"if \(tile \+ 1 < stop_tile\) (await_keys\(\);)", r"\1"),
         "queries not awaited": (KERNEL, r"wait\(&barriers->q_full.*\);", ""),
         "values not awaited": (KERNEL, r"wait\(&barriers->v_full.*\);(\s+fence)", r"\1"),
         "room not awaited": (KERNEL, r"wait\(empty, parity \^ 1\);", ""),
@@ -262,7 +261,7 @@ FLASH3_FAULTS = {
         "registers that there are not": (KERNEL, "(shrink_registers<PRODUCER_REGISTERS)>", r"\1 + 40>"),
         "hidden keys that matter": (KERNEL, r"= seen.* \? (scores?.*) : -infinity\(\);", r"= \1;"),
         "hidden values that matter": (KERNEL, r"if \(MASKED && any_lane\(needs_repair\)\)", "if (false)"),
-        "rows repaired that are NaN by rights": (KERNEL, r"needs_repair \|= sum == sum && ", "needs_repair |= "),
+        "rows repaired that are NaN by rights": (KERNEL, r"&& sum == sum && ", "&& "),
         "repairs that take hidden keys": (KERNEL, r"return key >= first && key < stop;", "return key < stop;"),
         "repairs that take hidden values": (KERNEL, r"if \(!sees\(key\)\) return nullptr;", ""),
         "repairs that take hidden scores": (KERNEL, r"sees\(first_of_tile \+ key\) \?", "true ?"),
@@ -279,6 +278,9 @@ FLASH3_FAULTS = {
         "query tiles of other blocks": (KERNEL, r"turn_ \+= .*;", "turn_ += 1;"),
     },
     "three warpgroups": {
+        "keys not awaited": (KERNEL, r"if \(!WAITS_AMONG_EXPONENTIALS\) await_keys\(\);", ""),
+        "probabilities overwritten while they are read": (
+            KERNEL, r"(if \(!WAITS_AMONG_EXPONENTIALS\) end_values\(\);)(\s+round_probabilities\(.*\);)", r"\2 \1"),
         "a tile too few at the start": (KERNEL, r"first_key\(0\) / KEY_ROWS\)\)", "first_key(0) / KEY_ROWS + 1))"),
         "a tile too few at the end": (KERNEL, r"(stop_key\(GROUP_ROWS - 1\)) \+ KEY_ROWS - 1", r"\1"),
         "skipped keys not released": (
