@@ -147,13 +147,8 @@ class KernelSanitizer(MarkdownDirective):
 
     @staticmethod
     def found(tools: dict[str, Any]) -> str:
-        """Return the errors of every tool; calls of the driver that failed are not the kernels'."""
-        texts = []
-        for name, tool in tools.items():
-            failed_calls = tool.get("failed_calls", {})
-            errors = tool["errors"] - sum(failed_calls.values())
-            besides = "".join(f" (and {number} failed calls of {which})" for which, number in failed_calls.items())
-            texts.append(f"{name} {errors} errors on {tool['problems']} problems{besides}")
+        """Return the errors of every tool."""
+        texts = (f"{name} {tool['errors']} errors on {tool['problems']} problems" for name, tool in tools.items())
         return ", ".join(texts)
 
 
