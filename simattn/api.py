@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -125,7 +125,10 @@ def _request(
     **options: Any,
 ) -> _Request:
     optional = {"kv_heads": kv_heads, "kv_len": kv_len, "value_dim": value_dim, "scale": scale}
-    problem = AttentionProblem(
+    problem_class = get_algorithm(algorithm).problem_class
+    own = {item.name for item in fields(problem_class)} - {item.name for item in fields(AttentionProblem)}
+    optional |= {name: options.pop(name) for name in own & set(options)}
+    problem = problem_class(
         batch=batch,
         heads=heads,
         q_len=q_len,
@@ -595,7 +598,9 @@ def _head_minor(array: Array, problem: AttentionProblem) -> Values:
 
 
 def _forward_numbers(request: _Request, machine: Machine) -> dict[str, Any]:
-    results = {name: _user_layout(machine.arrays[name], request.problem) for name in ("out", "lse")}
+    results = {
+        name: _user_layout(machine.arrays[name], request.problem) for name in ("out", "lse") if name in machine.arrays
+    }
     saved = {
         name: results[name] if name in results else _user_layout(machine.arrays[name], request.problem)
         for name in _saved_arrays(request)

@@ -282,8 +282,16 @@ class Machine:
                     ):
                         yield part
 
-    def tiles(self, span: int | VisibleRows, tile: int, *, independent: bool = False, width: int = 1) -> Iterator[Rows]:
-        """Walk the tiles of an axis in ascending order inside a thread block.
+    def tiles(
+        self,
+        span: int | VisibleRows,
+        tile: int,
+        *,
+        independent: bool = False,
+        width: int = 1,
+        descending: bool = False,
+    ) -> Iterator[Rows]:
+        """Walk the tiles of an axis inside a thread block, in ascending order unless told otherwise.
 
         Parameters
         ----------
@@ -295,6 +303,8 @@ class Machine:
             Whether the iterations touch no common data, so that they may be simulated together.
         width
             As for :meth:`thread_blocks`.
+        descending
+            Whether the last tile comes first; only if ``span`` is a length.
         """
         if isinstance(span, VisibleRows):
             if self.arithmetic is None:
@@ -304,12 +314,13 @@ class Machine:
             else:
                 yield from self._walk_visible(span, tile, independent, width)
         else:
-            for rows in all_rows(span, tile):
+            order = -1 if descending else 1
+            for rows in all_rows(span, tile)[::order]:
                 if self.arithmetic is None:
                     with self._loop(executions=self._state.executions * rows.count):
                         yield rows
                 else:
-                    for index in range(rows.first, rows.first + rows.count):
+                    for index in range(rows.first, rows.first + rows.count)[::order]:
                         with self._loop():
                             yield Rows(span, tile, index, 1)
 
@@ -903,8 +914,37 @@ class Machine:
         """Charge the rewriting of an SRAM tile in another layout; its values stay as they are."""
         self._operate(reads=(tile,), writes=(tile,))
 
+    def apply(self, tile: Tile, function: Callable[[Values], Values], *, exponentials: int = 0) -> None:
+        """Replace every element by a function of it, which takes so many exponentials."""
+        elements = tile.rows * tile.columns
+        self._operate(reads=(tile,), writes=(tile,), vector_flops=elements, exponentials=exponentials * elements)
+        if self.arithmetic is not None:
+            dtype = self.arithmetic.dtype
+            self._update(tile, lambda present: function(present).astype(dtype, copy=False))
+
+    def multiply(self, tile: Tile, factors: Tile | Callable[[], Values]) -> None:
+        """Multiply element by element, by another tile or by numbers that follow from indices and cost no bytes."""
+        reads = (tile, factors) if isinstance(factors, Tile) else (tile,)
+        self._operate(reads=reads, writes=(tile,), vector_flops=tile.rows * tile.columns)
+        if self.arithmetic is not None:
+            values = self._read(factors) if isinstance(factors, Tile) else factors().astype(self.arithmetic.dtype)
+            self._update(tile, lambda present: present * values)
+
+    def of_query_heads(self, numbers: Values) -> Values:
+        """Return one number of each query head as a tile's values of the present heads are laid out."""
+        streams = np.arange(*self._state.streams) % self.problem.kv_heads
+        grouped: Values = numbers.reshape(self.problem.kv_heads, self.problem.group_size)[streams]
+        return grouped[:, None, :, None, None]
+
+    def column_sum(self, tile: Tile, *, into: Tile) -> None:
+        """Add the sum of each column to a tile of one row."""
+        self._operate(reads=(tile, into), writes=(into,), vector_flops=tile.rows * tile.columns)
+        if self.arithmetic is not None:
+            values = self._read(tile).sum(axis=-2, keepdims=True)
+            self._update(into, lambda present: add_in_place(present, values))
+
     def add(self, tile: Tile, other: Tile) -> None:
-        """Add another tile of the same shape."""
+        """Add another tile of the same shape, or of one row or one column for all."""
         self._operate(reads=(tile, other), writes=(tile,), vector_flops=tile.rows * tile.columns)
         if self.arithmetic is not None:
             values = self._read(other)

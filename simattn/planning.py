@@ -115,7 +115,7 @@ def _plan_of_kind(
         smallest = algorithm.plan_class(tiles=Tiles(q=1, kv=1), **settings)
 
         def fits(tiles: Tiles) -> bool:
-            return _fits(algorithm, _one_head(problem), direction, replace(smallest, tiles=tiles), capacity)
+            return _fits(algorithm, problem.of_one_row(), direction, replace(smallest, tiles=tiles), capacity)
 
         made = replace(smallest, tiles=_choose_tiles(algorithm, problem, direction, kind, gpu, capacity, fits))
     completed: Plan = algorithm.complete_plan(problem, made, capacity.sram_bytes)
@@ -146,21 +146,6 @@ def _choose_tiles(
             "expected more SRAM or a smaller head dimension"
         )
     return dividing_tiles(problem, tiles)
-
-
-def _one_head(problem: AttentionProblem) -> AttentionProblem:
-    """Return a problem of one row and one KV head with the same tiles on chip."""
-    return replace(
-        problem,
-        batch=1,
-        heads=problem.group_size,
-        kv_heads=1,
-        q_len=1,
-        kv_len=1,
-        causal=False,
-        window=None,
-        block_mask=None,
-    )
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -121,6 +121,20 @@ class AttentionProblem:
     def output_dtype(self) -> str:
         """Storage format of the output: that of the inputs, bfloat16 for eight-bit inputs."""
         return "bfloat16" if self.is_float8 else self.dtype
+
+    def of_one_row(self) -> AttentionProblem:
+        """Return a problem of one row and one KV head with the same tiles on chip."""
+        return replace(
+            self,
+            batch=1,
+            heads=self.group_size,
+            kv_heads=1,
+            q_len=1,
+            kv_len=1,
+            causal=False,
+            window=None,
+            block_mask=None,
+        )
 
     @cached_property
     def keys_of_queries(self) -> Visibility:

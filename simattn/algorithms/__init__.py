@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from simattn.algorithms import flash1, flash2, flash3, online_softmax, small_cache, standard
+from simattn.algorithms import flash1, flash2, flash3, lightning2, linear, online_softmax, small_cache, standard
 from simattn.algorithms.algorithm import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
     module.ALGORITHM.name: module.ALGORITHM
-    for module in (standard, online_softmax, flash1, flash2, flash3, small_cache)
+    for module in (standard, online_softmax, flash1, flash2, flash3, small_cache, linear, lightning2)
 }
 """Every algorithm, by name."""
 

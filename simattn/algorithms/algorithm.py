@@ -44,6 +44,8 @@ class Algorithm:
         One sentence.
     plan_class
         Its plan type.
+    problem_class
+        Its problems: attention with a softmax, or a subclass whose fields are arguments of the calls too.
     programs, closed_forms
         By direction.
     paper_tiles
@@ -70,6 +72,7 @@ class Algorithm:
     source: str
     summary: str
     plan_class: type[Plan]
+    problem_class: type[AttentionProblem] = AttentionProblem
     programs: Mapping[Direction, Program]
     closed_forms: Mapping[Direction, ClosedForm]
     paper_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
@@ -80,6 +83,11 @@ class Algorithm:
     declare_saved: Callable[[Machine, AttentionProblem, Any], None] = declare_output_and_lse
     plan_defaults: Callable[[AttentionProblem, Direction, PlanKind, Hardware], dict[str, Any]] = _no_defaults
     complete_plan: Callable[[AttentionProblem, Any, int], Any] = _already_complete
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether its results are those of attention with a softmax, of any mask."""
+        return self.problem_class is AttentionProblem
 
     @property
     def directions(self) -> tuple[Direction, ...]:

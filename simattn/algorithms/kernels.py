@@ -37,9 +37,7 @@ class BackwardArrays:
 
 def declare_forward(machine: Machine, problem: AttentionProblem, plan: Plan) -> ForwardArrays:
     """Declare the outputs, and copy the keys and values out to every query head if the plan says so."""
-    keys, values = machine.arrays["k"], machine.arrays["v"]
-    if plan.repeat_kv:
-        keys, values = (repeat_heads(machine, array, plan) for array in (keys, values))
+    keys, values = copied_out(machine, plan)
     return ForwardArrays(
         q=machine.arrays["q"],
         k=keys,
@@ -51,20 +49,39 @@ def declare_forward(machine: Machine, problem: AttentionProblem, plan: Plan) -> 
 
 def declare_backward(machine: Machine, problem: AttentionProblem, plan: Plan) -> BackwardArrays:
     """Declare the gradients; keys and values copied out by the forward pass are read where it left them."""
+    keys, values = left_copied_out(machine, plan)
+    gradients = declare_gradients(machine, problem)
+    return BackwardArrays(q=machine.arrays["q"], k=keys, v=values, dout=machine.arrays["dout"], **gradients)
+
+
+def copied_out(machine: Machine, plan: Plan) -> tuple[Array, Array]:
+    """Return the keys and values to read, copied out to every query head if the plan says so."""
+    keys, values = machine.arrays["k"], machine.arrays["v"]
+    if plan.repeat_kv:
+        return repeat_heads(machine, keys, plan), repeat_heads(machine, values, plan)
+    return keys, values
+
+
+def left_copied_out(machine: Machine, plan: Plan) -> tuple[Array, Array]:
+    """Return the keys and values that a backward pass reads, those that the forward pass copied out if it did."""
     keys, values = machine.arrays["k"], machine.arrays["v"]
     if plan.repeat_kv:
         keys, values = (_repeated(machine, array, role="saved") for array in (keys, values))
         for source, copy in (("k", keys), ("v", values)):
             if copy.values is not None:
                 copy.values[...] = machine.arrays[source].values
+    return keys, values
+
+
+def declare_gradients(machine: Machine, problem: AttentionProblem) -> dict[str, Array]:
+    """Declare dq, dk and dv, and return them by name."""
     rows = {"dq": problem.q_len, "dk": problem.kv_len, "dv": problem.kv_len}
     columns = {"dq": problem.head_dim, "dk": problem.head_dim, "dv": problem.value_dim}
     heads: dict[str, Heads] = {"dq": "query", "dk": "kv", "dv": "kv"}
-    gradients = {
+    return {
         name: machine.array(name, rows[name], columns[name], dtype=problem.dtype, heads=heads[name], role="output")
         for name in rows
     }
-    return BackwardArrays(q=machine.arrays["q"], k=keys, v=values, dout=machine.arrays["dout"], **gradients)
 
 
 def fill(machine: Machine, array: Array, value: float, plan: Plan) -> None:

@@ -1,0 +1,503 @@
+"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236): a state of head_dim × value_dim in place of scores.
+
+The products are taken from the right, φ(Q) (φ(K)ᵀ V). Under a causal mask each tile of rows adds what it sees of itself,
+by a masked product, to what the state holds of the tiles before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from simattn.algorithms import forms
+from simattn.algorithms.algorithm import Algorithm
+from simattn.algorithms.kernels import GroupedGradient, copied_out, declare_gradients, left_copied_out
+from simattn.hardware import Hardware
+from simattn.machine import Array, Machine, Place, Tile
+from simattn.masks import Rows
+from simattn.plan import Direction, Plan, Tiles, candidates, check_choice, check_flag
+from simattn.problem import AttentionProblem
+from simattn.traffic import Traffic
+
+Values = npt.NDArray[Any]
+
+# Config and validation
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """What queries and keys are mapped by, element by element, so that products of them are similarities.
+
+    Attributes
+    ----------
+    name
+        For print.
+    function, derivative
+        Of an array of any shape, to one of the same shape and dtype.
+    exponentials
+        Exponentials that an element takes, for counting.
+    """
+
+    name: str
+    function: Callable[[Values], Values]
+    derivative: Callable[[Values], Values]
+    exponentials: int = 0
+
+
+def _elu1(x: Values) -> Values:
+    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+
+def _elu1_derivative(x: Values) -> Values:
+    return np.where(x > 0, np.ones_like(x), np.exp(np.minimum(x, 0)))
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    item.name: item
+    for item in (
+        FeatureMap("elu1", _elu1, _elu1_derivative, exponentials=1),
+        FeatureMap("relu", lambda x: np.maximum(x, 0), lambda x: (x > 0).astype(x.dtype)),
+        FeatureMap("exp", np.exp, np.exp, exponentials=1),
+        FeatureMap("identity", lambda x: x, np.ones_like),
+    )
+}
+"""Feature maps by name: elu(x) + 1 (the paper's), max(x, 0), exp(x) and x."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentProblem(AttentionProblem):
+    """A problem without a softmax, whose keys and values a state of fixed size stands for.
+
+    Products of queries and keys are not scaled: ``scale`` is 1. A causal mask needs as many keys as queries; a window
+    or a block mask has no such state.
+    """
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            object.__setattr__(self, "scale", 1.0)
+        super().__post_init__()
+        if self.scale != 1:
+            raise ValueError(f"scale={self.scale!r}: expected 1, there is none without a softmax; scale q instead")
+        if self.window is not None:
+            raise ValueError(f"window={self.window!r}: expected None, a state forgets no key")
+        if self.block_mask is not None:
+            raise ValueError("block_mask is given: expected None, a state leaves out no key")
+        if self.is_float8:
+            raise ValueError(f"dtype={self.dtype!r}: expected float32, float16 or bfloat16")
+        if self.causal and self.kv_len != self.q_len:
+            raise ValueError(
+                f"kv_len={self.kv_len} with causal=True: expected q_len={self.q_len}, a tile of queries is aligned with "
+                "its keys"
+            )
+
+    def of_one_row(self) -> AttentionProblem:
+        """Return a problem of one row and one KV head with the same tiles on chip, under the same mask."""
+        return replace(super().of_one_row(), causal=self.causal)
+
+    @property
+    def map(self) -> FeatureMap:
+        """What queries and keys are mapped by."""
+        return FEATURE_MAPS["identity"]
+
+    @property
+    def divides(self) -> bool:
+        """Whether outputs are divided by the sum of their weights."""
+        return False
+
+    @property
+    def decays(self) -> npt.NDArray[np.float64] | None:
+        """What a step back costs, a factor for each query head; None for 1."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProblem(RecurrentProblem):
+    """A problem of linear attention.
+
+    Attributes
+    ----------
+    feature_map
+        A name of ``FEATURE_MAPS``, or a :class:`FeatureMap` of your own.
+    normalised
+        Whether outputs are divided by the sum of their weights, φ(q)ᵀ Σ φ(k).
+    """
+
+    feature_map: Any = "elu1"
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.feature_map, FeatureMap):
+            check_choice("feature_map", self.feature_map, tuple(FEATURE_MAPS))
+        check_flag("normalised", self.normalised)
+
+    @property
+    def map(self) -> FeatureMap:
+        """What queries and keys are mapped by."""
+        return self.feature_map if isinstance(self.feature_map, FeatureMap) else FEATURE_MAPS[self.feature_map]
+
+    @property
+    def divides(self) -> bool:
+        """Whether outputs are divided by the sum of their weights."""
+        return self.normalised
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPlan(Plan):
+    """Plan of linear attention: a thread block for each query head, whose state stays on chip.
+
+    Under a causal mask a tile has ``tiles.q`` queries and their keys, and ``tiles.kv`` is not used.
+    """
+
+    grouped_gradients: Literal["expand", "reduce"] = "expand"  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("grouped_gradients", self.grouped_gradients, ("expand", "reduce"))
+
+
+# Tiled program
+
+
+@dataclass
+class State:
+    """What stands for the keys and values that were taken in: φ(K)ᵀ V, and the sum of φ(K) where outputs are divided."""
+
+    products: Tile
+    key_sum: Tile | None
+
+    @classmethod
+    def empty(cls, machine: Machine, problem: RecurrentProblem, place: Place) -> State:
+        """Return the state before any key."""
+        return cls(
+            products=machine.full("state", problem.head_dim, problem.value_dim, 0.0, place=place),
+            key_sum=machine.full("key_sum", 1, problem.head_dim, 0.0, place=place) if problem.divides else None,
+        )
+
+    def take(self, machine: Machine, problem: RecurrentProblem, k: Tile, v: Tile) -> None:
+        """Take in a tile of mapped keys and their values, after its rows have gone by."""
+        decay(machine, problem, self.products, lambda _: k.rows)
+        decay(machine, problem, k, rows_after)
+        machine.matmul(k, v, place=self.products.place, transpose_a=True, into=self.products)
+        if self.key_sum is not None:
+            machine.column_sum(k, into=self.key_sum)
+
+
+@dataclass
+class GradientState:
+    """What stands for the queries that were taken in: φ(Q)ᵀ dO, and the sum of the totals' gradients times φ(Q)."""
+
+    products: Tile
+    query_sum: Tile | None
+
+    @classmethod
+    def empty(cls, machine: Machine, problem: RecurrentProblem, place: Place) -> GradientState:
+        """Return the state before any query."""
+        return cls(
+            products=machine.full("dstate", problem.head_dim, problem.value_dim, 0.0, place=place),
+            query_sum=machine.full("dkey_sum", 1, problem.head_dim, 0.0, place=place) if problem.divides else None,
+        )
+
+    def take(self, machine: Machine, problem: RecurrentProblem, queries: Tile, gradient: OutputGradients) -> None:
+        """Take in a tile of mapped queries and their outputs' gradients, before whose first row it stands then."""
+        decay(machine, problem, self.products, lambda _: queries.rows)
+        decay(machine, problem, queries, rows_up_to)
+        place = self.products.place
+        machine.matmul(queries, gradient.outputs, place=place, transpose_a=True, into=self.products)
+        if self.query_sum is not None and gradient.totals is not None:
+            machine.matmul(gradient.totals, queries, place=place, transpose_a=True, into=self.query_sum)
+
+
+Exponents = int | npt.NDArray[np.int64]
+
+
+def rows_up_to(tile: Tile) -> Exponents:
+    """Return how many rows of its tile there are up to each row: 1 for the first."""
+    return np.arange(1, tile.rows + 1)[:, None]
+
+
+def rows_after(tile: Tile) -> Exponents:
+    """Return how many rows of its tile come after each row: 0 for the last."""
+    return np.arange(tile.rows - 1, -1, -1)[:, None]
+
+
+def rows_between(tile: Tile) -> Exponents:
+    """Return how many rows each row of a square tile is behind each column."""
+    return np.maximum(np.arange(tile.rows)[:, None] - np.arange(tile.columns), 0)
+
+
+def decay(machine: Machine, problem: RecurrentProblem, tile: Tile, exponents: Callable[[Tile], Exponents]) -> None:
+    """Multiply a tile by powers of what a step back costs, which follow from row numbers; without decay by nothing."""
+    rates = problem.decays
+    if rates is not None:
+        machine.multiply(tile, lambda: machine.of_query_heads(rates) ** exponents(tile))
+
+
+def mapped(machine: Machine, problem: RecurrentProblem, tile: Tile) -> Tile:
+    """Replace queries or keys by what they are mapped to."""
+    if problem.map.name != "identity":
+        machine.apply(tile, problem.map.function, exponentials=problem.map.exponentials)
+    return tile
+
+
+def own_weights(machine: Machine, problem: RecurrentProblem, q: Tile, k: Tile, rows: Rows, place: Place) -> Tile:
+    """Return the products of a tile's mapped queries with its own keys, those that a query sees, decayed."""
+    weights = machine.matmul(q, k, place=place, name="scores", transpose_b=True)
+    hide_later(machine, problem, weights, rows)
+    return weights
+
+
+def hide_later(machine: Machine, problem: RecurrentProblem, weights: Tile, rows: Rows) -> None:
+    """Set what later keys of the tile have to 0, and let earlier ones decay."""
+    decay(machine, problem, weights, rows_between)
+    machine.hide(weights, machine.hidden_elements(rows, rows), 0.0)
+
+
+def forward(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> None:
+    """Each thread block keeps the state of a query head on chip and streams its rows past it."""
+    k, v = copied_out(machine, plan)
+    declare_saved(machine, problem, plan)
+    tiles, place = plan.tiles, plan.accumulators
+    for _ in machine.thread_blocks(width=problem.head_dim * problem.value_dim):
+        state = State.empty(machine, problem, place)
+        if not problem.causal:
+            take_all(machine, problem, state, k, v, tiles.kv)
+        for rows in machine.tiles(problem.q_len, tiles.q):
+            # load
+            queries = mapped(machine, problem, machine.load(machine.arrays["q"], rows))
+            keys = values = weights = None
+            if problem.causal:
+                keys = mapped(machine, problem, machine.load(k, rows))
+                values = machine.load(v, rows)
+                weights = own_weights(machine, problem, queries, keys, rows, place)
+            # compute
+            decay(machine, problem, queries, rows_up_to)
+            out = machine.matmul(queries, state.products, place=place, name="out")
+            if weights is not None and values is not None:
+                hidden = machine.hidden_elements(rows, rows)
+                machine.matmul(weights, values, place=place, hidden=hidden, into=out)
+            # finish
+            if state.key_sum is not None:
+                totals = machine.matmul(queries, state.key_sum, place=place, name="totals", transpose_b=True)
+                if weights is not None:
+                    machine.update_row_sum(totals, weights)
+                machine.normalise(out, totals)
+                machine.store(totals, machine.arrays["totals"], rows)
+            machine.store(out, machine.arrays["out"], rows)
+            if keys is not None and values is not None:
+                state.take(machine, problem, keys, values)
+
+
+def take_all(machine: Machine, problem: RecurrentProblem, state: State, k: Array, v: Array, tile: int) -> None:
+    """Take in all keys and values."""
+    for rows in machine.tiles(problem.kv_len, tile):
+        keys = mapped(machine, problem, machine.load(k, rows))
+        state.take(machine, problem, keys, machine.load(v, rows))
+
+
+@dataclass
+class OutputGradients:
+    """Gradients of a tile's undivided outputs, and of the totals that they are divided by."""
+
+    outputs: Tile
+    totals: Tile | None
+
+    @classmethod
+    def load(cls, machine: Machine, problem: RecurrentProblem, rows: Rows) -> OutputGradients:
+        """Load the gradient of the output: dO / t, and −(dO · O) / t of the totals t."""
+        dout = machine.load(machine.arrays["dout"], rows)
+        if not problem.divides:
+            return cls(dout, None)
+        totals = machine.load(machine.arrays["totals"], rows, place="registers")
+        dtotals = machine.row_dot(dout, machine.load(machine.arrays["out"], rows), name="dtotals")
+        machine.normalise(dtotals, totals)
+        machine.scale(dtotals, -1.0)
+        machine.normalise(dout, totals)
+        return cls(dout, dtotals)
+
+    def of_weights(self, machine: Machine, values: Tile, place: Place) -> Tile:
+        """Return the gradients of the weights of a tile's own keys."""
+        dweights = machine.matmul(self.outputs, values, place=place, name="dscores", transpose_b=True)
+        if self.totals is not None:
+            machine.add(dweights, self.totals)
+        return dweights
+
+
+def backward(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> None:
+    """Two sweeps: ascending for dQ, with the state of the keys; descending for dK and dV, with that of the queries."""
+    k, v = left_copied_out(machine, plan)
+    gradients = declare_gradients(machine, problem)
+    query_gradients(machine, problem, plan, k, v, gradients["dq"])
+    key_gradients(machine, problem, plan, k, v, gradients["dk"], gradients["dv"])
+
+
+def query_gradients(
+    machine: Machine, problem: RecurrentProblem, plan: LinearPlan, k: Array, v: Array, dq: Array
+) -> None:
+    """Compute dQ: dO Sᵀ of the state S, and of a tile's own keys by a masked product."""
+    tiles, place = plan.tiles, plan.accumulators
+    for _ in machine.thread_blocks(width=problem.head_dim * problem.value_dim):
+        state = State.empty(machine, problem, place)
+        if not problem.causal:
+            take_all(machine, problem, state, k, v, tiles.kv)
+        for rows in machine.tiles(problem.q_len, tiles.q):
+            # load
+            gradient = OutputGradients.load(machine, problem, rows)
+            keys = values = dweights = None
+            if problem.causal:
+                keys = mapped(machine, problem, machine.load(k, rows))
+                values = machine.load(v, rows)
+                dweights = gradient.of_weights(machine, values, place)
+                hide_later(machine, problem, dweights, rows)
+            # compute
+            dqueries = machine.matmul(gradient.outputs, state.products, place=place, name="dq", transpose_b=True)
+            if state.key_sum is not None and gradient.totals is not None:
+                machine.matmul(gradient.totals, state.key_sum, place=place, into=dqueries)
+            decay(machine, problem, dqueries, rows_up_to)
+            if keys is not None and dweights is not None:
+                hidden = machine.hidden_elements(rows, rows)
+                machine.matmul(dweights, keys, place=place, hidden=hidden, into=dqueries)
+            # finish
+            multiply_derivative(machine, problem, dqueries, machine.arrays["q"], rows)
+            machine.store(dqueries, dq, rows)
+            if keys is not None and values is not None:
+                state.take(machine, problem, keys, values)
+
+
+def multiply_derivative(machine: Machine, problem: RecurrentProblem, tile: Tile, array: Array, rows: Rows) -> None:
+    """Multiply a gradient by the feature map's derivative where it was taken."""
+    if problem.map.name != "identity":
+        at = machine.load(array, rows)
+        machine.apply(at, problem.map.derivative, exponentials=problem.map.exponentials)
+        machine.multiply(tile, at)
+
+
+def key_gradients(
+    machine: Machine, problem: RecurrentProblem, plan: LinearPlan, k: Array, v: Array, dk: Array, dv: Array
+) -> None:
+    """Compute dK and dV: V Dᵀ and φ(K) D of the state D = φ(Q)ᵀ dO of later queries, and by masked products."""
+    tiles, place = plan.tiles, plan.accumulators
+    dk_total, dv_total = (GroupedGradient.declare(machine, array, plan) for array in (dk, dv))
+    for _ in machine.thread_blocks(width=problem.head_dim * problem.value_dim):
+        state = GradientState.empty(machine, problem, place)
+        if not problem.causal:
+            for rows in machine.tiles(problem.q_len, tiles.q):
+                queries = mapped(machine, problem, machine.load(machine.arrays["q"], rows))
+                state.take(machine, problem, queries, OutputGradients.load(machine, problem, rows))
+        tile, length = (tiles.q, problem.q_len) if problem.causal else (tiles.kv, problem.kv_len)
+        for rows in machine.tiles(length, tile, descending=True):
+            # load
+            keys = mapped(machine, problem, machine.load(k, rows))
+            values = machine.load(v, rows)
+            own = None
+            if problem.causal:
+                queries = mapped(machine, problem, machine.load(machine.arrays["q"], rows))
+                gradient = OutputGradients.load(machine, problem, rows)
+                weights = own_weights(machine, problem, queries, keys, rows, place)
+                dweights = gradient.of_weights(machine, values, place)
+                hide_later(machine, problem, dweights, rows)
+                own = queries, gradient, weights, dweights
+            # compute
+            dvalues = machine.matmul(keys, state.products, place=place, name="dv")
+            dkeys = machine.matmul(values, state.products, place=place, name="dk", transpose_b=True)
+            if state.query_sum is not None:
+                machine.add(dkeys, state.query_sum)
+            for result in (dvalues, dkeys):
+                decay(machine, problem, result, rows_after)
+            if own is not None:
+                queries, gradient, weights, dweights = own
+                hidden = machine.hidden_elements(rows, rows)
+                machine.matmul(
+                    weights, gradient.outputs, place=place, transpose_a=True, hidden=hidden, into=dvalues
+                )
+                machine.matmul(dweights, queries, place=place, transpose_a=True, hidden=hidden, into=dkeys)
+            # finish
+            multiply_derivative(machine, problem, dkeys, machine.arrays["k"], rows)
+            dk_total.add(machine, dkeys, rows)
+            dv_total.add(machine, dvalues, rows)
+            if own is not None:
+                state.take(machine, problem, own[0], own[1])
+    for total in (dk_total, dv_total):
+        total.finish(machine, plan)
+
+
+def declare_saved(machine: Machine, problem: RecurrentProblem, plan: Plan) -> None:
+    """Declare the output, and what it was divided by."""
+    machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="saved")
+    if problem.divides:
+        machine.array("totals", problem.q_len, 1, role="saved")
+
+
+# Closed form
+
+
+def closed_form_forward(problem: RecurrentProblem, plan: LinearPlan) -> Traffic:
+    """Every row once for each query head, whatever the tiles."""
+    k, v = forms.key_names(plan)
+    main = {
+        "q": forms.read(forms.matrix_bytes(problem, problem.q_len, problem.head_dim)),
+        k: forms.read(forms.matrix_bytes(problem, problem.kv_len, problem.head_dim)),
+        v: forms.read(forms.matrix_bytes(problem, problem.kv_len, problem.value_dim)),
+        "out": forms.written(forms.matrix_bytes(problem, problem.q_len, problem.value_dim)),
+    }
+    if problem.divides:
+        main["totals"] = forms.written(forms.statistic_bytes(problem, problem.q_len))
+    return forms.total([main, *forms.repeat_traffic(problem, plan)])
+
+
+def closed_form_backward(problem: RecurrentProblem, plan: LinearPlan) -> Traffic:
+    """Two sweeps over all rows; the derivative of a feature map takes what it is taken of once more."""
+    k, v = forms.key_names(plan)
+    maps = problem.map.name != "identity"
+    queries = forms.matrix_bytes(problem, problem.q_len, problem.head_dim)
+    keys = forms.matrix_bytes(problem, problem.kv_len, problem.head_dim)
+    main = {
+        "q": forms.read((1 + maps) * queries),
+        k: forms.read(2 * keys) ,
+        v: forms.read(2 * forms.matrix_bytes(problem, problem.kv_len, problem.value_dim)),
+        "dout": forms.read(2 * forms.matrix_bytes(problem, problem.q_len, problem.value_dim)),
+        "dq": forms.written(queries),
+    }
+    again = {"k": forms.read(keys)} if maps else {}
+    if problem.divides:
+        main["out"] = forms.read(2 * forms.matrix_bytes(problem, problem.q_len, problem.value_dim))
+        main["totals"] = forms.read(2 * forms.statistic_bytes(problem, problem.q_len))
+    return forms.total([main, again, *forms.grouped_gradient_traffic(problem, plan)])
+
+
+# Plans
+
+
+def paper_tiles(problem: AttentionProblem, sram_elements: int, direction: Direction) -> Tiles:
+    """As many rows as the state has, so that a masked product costs no more than one with the state."""
+    return Tiles(q=problem.head_dim, kv=problem.head_dim)
+
+
+def fit_tiles(problem: AttentionProblem, size: int, direction: Direction) -> Tiles:
+    """Return tiles of equal rows."""
+    return Tiles(q=size, kv=size)
+
+
+def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:
+    """Return square tiles, the largest first; more rows than 64 would cost more in masked products."""
+    return [tiles for tiles in candidates(direction, (64, 64)) if tiles.q == tiles.kv]
+
+
+ALGORITHM = Algorithm(
+    name="linear",
+    title="Linear attention",
+    source="Katharopoulos et al. 2020, arXiv 2006.16236, Sections 3.2 to 3.4",
+    summary="A state of head_dim × value_dim stands for all keys and values before; no softmax.",
+    plan_class=LinearPlan,
+    problem_class=LinearProblem,
+    programs={"forward": forward, "backward": backward},
+    closed_forms={"forward": closed_form_forward, "backward": closed_form_backward},
+    paper_tiles=paper_tiles,
+    fit_tiles=fit_tiles,
+    gpu_tiles=gpu_tiles,
+    declare_saved=declare_saved,
+)
