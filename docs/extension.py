@@ -28,6 +28,7 @@ import simattn
 from simattn.hardware import HARDWARE
 from simattn.hardware import table as hardware_table
 from simattn.plan import Plan
+from simattn.problem import AttentionProblem
 from simattn.report import figure_text
 
 MEASUREMENTS = Path(__file__).parent / "measurements"
@@ -408,6 +409,23 @@ class PlanOptions(MarkdownDirective):
         return markdown_table(["option", "default", "values", "meaning"], rows)
 
 
+class ProblemOptions(MarkdownDirective):
+    """The fields that an algorithm's problems have besides those of attention, which are arguments of the calls."""
+
+    required_arguments = 1
+
+    def lines(self) -> list[str]:
+        """Return one row per field."""
+        kind = simattn.ALGORITHMS[self.arguments[0]].problem_class
+        shared, meanings = {item.name for item in dataclasses.fields(AttentionProblem)}, dict(field_meanings(kind))
+        rows = [
+            [f"`{item.name}`", f"`{item.default!r}`", meanings[item.name]]
+            for item in dataclasses.fields(kind)
+            if item.name not in shared
+        ]
+        return markdown_table(["argument", "default", "meaning"], rows)
+
+
 def values_of(hint: Any) -> Iterator[str]:
     """Yield the values that a field may have, as Markdown."""
     if typing.get_origin(hint) is typing.Literal:
@@ -512,6 +530,7 @@ DIRECTIVES: Mapping[str, type[Directive]] = {
     "algorithm-pages": AlgorithmPages,
     "algorithm-facts": AlgorithmFacts,
     "plan-options": PlanOptions,
+    "problem-options": ProblemOptions,
     "claims-table": ClaimsTable,
     "hardware-table": HardwareTable,
     "hardware-sources": HardwareSources,

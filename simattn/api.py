@@ -598,7 +598,7 @@ def _head_minor(array: Array, problem: AttentionProblem) -> Values:
 
 
 def _forward_numbers(request: _Request, machine: Machine) -> dict[str, Any]:
-    results = {
+    results: dict[str, Values] = {
         name: _user_layout(machine.arrays[name], request.problem) for name in ("out", "lse") if name in machine.arrays
     }
     saved = {

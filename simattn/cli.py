@@ -180,7 +180,7 @@ _SCALARS = (
 )
 _WINDOW_HELP = "keys seen left and right of the query's position, both ends included, 'none' for no limit"
 _TILES_HELP = "rows of the query and key tiles, and columns handled at a time"
-_OPTION_HELP = "a field of the algorithm's plan, e.g. dq=deterministic; may be repeated"
+_OPTION_HELP = "a field of the algorithm's plan or problem, e.g. dq=deterministic; may be repeated"
 
 
 def _add_problem(parser: argparse.ArgumentParser, *, axes: bool) -> None:

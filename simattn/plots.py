@@ -46,7 +46,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's colours, distinct under the common kinds of colour blindness."""
 
 _DASHES = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 3)), (0, (4, 1, 1, 1, 1, 1)))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 LENGTHS = tuple(1 << exponent for exponent in range(10, 21))
 """Default sequence lengths."""

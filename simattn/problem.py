@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,9 @@ class AttentionProblem:
     causal: bool = False
     window: Window | None = None
     block_mask: BlockMask | None = None
+
+    is_causal: ClassVar[bool] = False
+    """Whether all problems of the class are causal."""
 
     def __post_init__(self) -> None:
         for name, default in (("kv_heads", self.heads), ("kv_len", self.q_len), ("value_dim", self.head_dim)):
@@ -121,6 +124,11 @@ class AttentionProblem:
     def output_dtype(self) -> str:
         """Storage format of the output: that of the inputs, bfloat16 for eight-bit inputs."""
         return "bfloat16" if self.is_float8 else self.dtype
+
+    @classmethod
+    def own_arguments(cls, heads: int) -> list[dict[str, Any]]:
+        """Return values of the fields that a subclass adds, of so many query heads, to test with."""
+        return [{}]
 
     def of_one_row(self) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip."""

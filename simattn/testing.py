@@ -64,6 +64,7 @@ __all__ = [
     "low_precision_attention",
     "low_precision_attention_backward",
     "plan_options",
+    "problems_of",
     "reference_attention",
     "reference_attention_backward",
     "tiles_for",
@@ -178,6 +179,30 @@ def attention_problems(
         window=draw(windows(max_len)) if decided(windowed) else None,
         block_mask=draw(block_masks(q_len, kv_len)) if decided(block_sparse) else None,
     )
+
+
+@st.composite
+def problems_of(draw: st.DrawFn, /, algorithm: Algorithm, **arguments: Any) -> AttentionProblem:
+    """Draw a problem that an algorithm takes, with the fields that its problems have besides.
+
+    Parameters
+    ----------
+    draw
+        Supplied by hypothesis.
+    algorithm
+        An entry of :data:`simattn.ALGORITHMS`.
+    **arguments
+        As for :func:`attention_problems`; a problem without a softmax has no window, no block mask and no scale, and as
+        many keys as queries under a causal mask.
+    """
+    if algorithm.is_softmax:
+        return draw(attention_problems(**arguments))
+    problem = draw(attention_problems(**{**arguments, "windowed": False, "block_sparse": False}))
+    given = {item.name: getattr(problem, item.name) for item in fields(AttentionProblem)} | {"scale": None}
+    own = draw(st.sampled_from(algorithm.problem_class.own_arguments(problem.heads)))
+    if problem.causal or algorithm.problem_class.is_causal:
+        given["kv_len"] = problem.q_len
+    return algorithm.problem_class(**given, **own)
 
 
 @st.composite

@@ -25,7 +25,12 @@ from simattn.bounds import (
 )
 from simattn.testing import attention_problems, tiles_for
 
-PROGRAMS = [(name, direction) for name, algorithm in ALGORITHMS.items() for direction in algorithm.directions]
+PROGRAMS = [
+    (name, direction)
+    for name, algorithm in ALGORITHMS.items()
+    if algorithm.is_softmax
+    for direction in algorithm.directions
+]
 
 
 def arguments_of(problem):

@@ -6,7 +6,7 @@ import io
 import math
 import re
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import simattn
 from simattn.cli import main
-from simattn.testing import attention_problems, plan_options, tiles_for
+from simattn.testing import plan_options, problems_of, tiles_for
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -204,6 +204,8 @@ def bytes_of_table(name, problem, plan, direction, symbols):
         "float8": problem.is_float8,
         "apart": getattr(plan, "hbm_accumulator", "float32") == "float32" and stored != "float32",
         "grouped_gradients": grouped,
+        "divides": getattr(problem, "divides", True),
+        "maps": hasattr(problem, "map") and problem.map.name != "identity",
     }
     total = {}
 
@@ -227,15 +229,15 @@ def bytes_of_table(name, problem, plan, direction, symbols):
 
 
 def arguments_of(problem):
-    names = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim", "dtype", "causal", "window")
-    return {name: getattr(problem, name) for name in (*names, "block_mask")}
+    return {item.name: getattr(problem, item.name) for item in fields(problem) if item.name != "scale"}
 
 
 @pytest.mark.parametrize(("algorithm", "direction"), PROGRAMS)
 @given(data=st.data())
 def test_tables_are_the_closed_forms(algorithm, direction, data):
-    dtypes = ["float32", "bfloat16", *(["float8_e4m3fn"] if direction == "forward" else [])]
-    problem = data.draw(attention_problems(dtypes=dtypes))
+    spec = simattn.ALGORITHMS[algorithm]
+    dtypes = ["float32", "bfloat16", *(["float8_e4m3fn"] if direction == "forward" and spec.is_softmax else [])]
+    problem = data.draw(problems_of(spec, dtypes=dtypes))
     tiles = data.draw(tiles_for(problem, with_depth=simattn.ALGORITHMS[algorithm].chunks_columns))
     options = data.draw(plan_options(simattn.ALGORITHMS[algorithm]))
     given_plan = {**options, "tiles": tiles, "enforce_capacity": False, "direction": direction}

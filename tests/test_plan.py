@@ -14,13 +14,14 @@ import simattn
 from simattn import AttentionProblem, BlockMask, CapacityError, Plan, Tiles
 from simattn.algorithms import ALGORITHMS
 from simattn.plan import dividing_tiles, largest_fitting
-from simattn.testing import attention_problems, plan_options
+from simattn.testing import plan_options, problems_of
 
 EXAMPLES = settings.default.max_examples
 
 PROGRAMS = [(name, direction) for name, algorithm in ALGORITHMS.items() for direction in algorithm.directions]
 every_program = pytest.mark.parametrize(("name", "direction"), PROGRAMS)
 every_algorithm = pytest.mark.parametrize("name", list(ALGORITHMS))
+every_softmax = pytest.mark.parametrize("name", [name for name, item in ALGORITHMS.items() if item.is_softmax])
 
 
 def arguments_of(problem):
@@ -118,7 +119,7 @@ MASK = BlockMask.from_array(np.ones((2, 2), bool), q_block=24, kv_block=20)
 MASKED = AttentionProblem(q_len=48, kv_len=40, head_dim=8, block_mask=MASK)
 
 
-@every_algorithm
+@every_softmax
 @pytest.mark.parametrize(
     ("tiles", "words"),
     [((16, 20), r"tiles\.q=16 does not divide block_mask\.q_block=24"), ((8, 3), r"tiles\.kv=3 does not divide")],
@@ -145,7 +146,7 @@ def test_largest_fitting_finds_the_boundary(limit):
 @settings(max_examples=EXAMPLES // 2)
 @given(data=st.data(), sram_bytes=st.integers(100, 300_000))
 def test_chosen_tiles_fit(name, direction, data, sram_bytes):
-    problem = data.draw(attention_problems(max_len=300, head_dims=(1, 16, 64, 128)))
+    problem = data.draw(problems_of(ALGORITHMS[name], max_len=300, head_dims=(1, 16, 64, 128)))
     options = data.draw(plan_options(ALGORITHMS[name]))
     options["accumulators"] = "sram"
     options.pop("softmax_passes", None)  # 1 demands whole rows on chip, whether they fit or not

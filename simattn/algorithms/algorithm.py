@@ -12,8 +12,8 @@ from simattn.plan import Direction, Plan, PlanKind, PlanT, Tiles
 from simattn.problem import AttentionProblem
 from simattn.traffic import Traffic
 
-Program = Callable[[Machine, AttentionProblem, Any], None]
-ClosedForm = Callable[[AttentionProblem, Any], Traffic]
+Program = Callable[[Machine, Any, Any], None]
+ClosedForm = Callable[[Any, Any], Traffic]
 
 
 def declare_output_and_lse(machine: Machine, problem: AttentionProblem, plan: Plan) -> None:
@@ -80,7 +80,7 @@ class Algorithm:
     gpu_tiles: Callable[[AttentionProblem, Hardware, Direction], list[Tiles]]
     chunks_columns: bool = False
     exact_arithmetics: Mapping[Direction, tuple[str, ...]] = field(default_factory=dict)
-    declare_saved: Callable[[Machine, AttentionProblem, Any], None] = declare_output_and_lse
+    declare_saved: Callable[[Machine, Any, Any], None] = declare_output_and_lse
     plan_defaults: Callable[[AttentionProblem, Direction, PlanKind, Hardware], dict[str, Any]] = _no_defaults
     complete_plan: Callable[[AttentionProblem, Any, int], Any] = _already_complete
 

@@ -1,8 +1,8 @@
 """Lightning Attention-2 (Qin et al. 2024, arXiv 2401.04658): linear attention whose weights decay with distance.
 
 o_t = Σ_{s ≤ t} λ^(t − s) (q_t · k_s) v_s, without softmax, scale or denominator. The program is that of causal linear
-attention: within a tile the left product (Q Kᵀ ∘ M) V, between tiles the right product Q (Kᵀ V), the backward pass in two
-sweeps (Algorithm 2, which loads O without need). Each query head has its decay λ = e^(−slope).
+attention: within a tile the left product (Q Kᵀ ∘ M) V, between tiles the right product Q (Kᵀ V), and two sweeps
+backward (Algorithm 2, which loads O without need). Each query head has its decay λ = e^(−slope).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +71,8 @@ class Lightning2Problem(linear.RecurrentProblem):
     layer: int = 0
     layers: int = 1
 
+    is_causal: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "causal", True)
         super().__post_init__()
@@ -79,7 +82,9 @@ class Lightning2Problem(linear.RecurrentProblem):
             raise ValueError(f"layer={self.layer}: expected less than layers={self.layers}")
         if isinstance(self.slopes, str):
             if self.slopes not in CONVENTIONS:
-                raise ValueError(f"slopes={self.slopes!r}: expected one of {tuple(CONVENTIONS)} or a slope for each head")
+                raise ValueError(
+                    f"slopes={self.slopes!r}: expected one of {tuple(CONVENTIONS)} or a slope for each head"
+                )
             return
         try:
             slopes = tuple(float(slope) for slope in self.slopes)
@@ -92,6 +97,12 @@ class Lightning2Problem(linear.RecurrentProblem):
         if not all(math.isfinite(slope) and slope >= 0 for slope in slopes):
             raise ValueError(f"slopes={slopes!r}: expected finite numbers of at least 0")
         object.__setattr__(self, "slopes", slopes)
+
+    @classmethod
+    def own_arguments(cls, heads: int) -> list[dict[str, Any]]:
+        """Return every convention, and slopes of heads that never decay and that forget at once."""
+        named = [{"slopes": name, "layer": layer, "layers": 3} for name in CONVENTIONS for layer in (0, 2)]
+        return [*named, {"slopes": [0.0] * heads}, {"slopes": [0.3 * (1 + head % 9) for head in range(heads)]}]
 
     @cached_property
     def decays(self) -> npt.NDArray[np.float64]:

@@ -1,12 +1,12 @@
 """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236): a state of head_dim × value_dim in place of scores.
 
-The products are taken from the right, φ(Q) (φ(K)ᵀ V). Under a causal mask each tile of rows adds what it sees of itself,
-by a masked product, to what the state holds of the tiles before.
+The products are taken from the right, φ(Q) (φ(K)ᵀ V). Under a causal mask each tile of rows adds what it sees of
+itself, by a masked product, to what the state holds of the tiles before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -90,8 +90,8 @@ class RecurrentProblem(AttentionProblem):
             raise ValueError(f"dtype={self.dtype!r}: expected float32, float16 or bfloat16")
         if self.causal and self.kv_len != self.q_len:
             raise ValueError(
-                f"kv_len={self.kv_len} with causal=True: expected q_len={self.q_len}, a tile of queries is aligned with "
-                "its keys"
+                f"kv_len={self.kv_len} with causal=True: expected q_len={self.q_len}, tiles of queries are aligned "
+                "with their keys"
             )
 
     def of_one_row(self) -> AttentionProblem:
@@ -135,6 +135,12 @@ class LinearProblem(RecurrentProblem):
             check_choice("feature_map", self.feature_map, tuple(FEATURE_MAPS))
         check_flag("normalised", self.normalised)
 
+    @classmethod
+    def own_arguments(cls, heads: int) -> list[dict[str, Any]]:
+        """Return feature maps, divided where no sum of weights can vanish by cancellation, and not."""
+        divided = [{"feature_map": name} for name in FEATURE_MAPS if name != "identity"]
+        return [*divided, *({"feature_map": name, "normalised": False} for name in FEATURE_MAPS)]
+
     @property
     def map(self) -> FeatureMap:
         """What queries and keys are mapped by."""
@@ -153,7 +159,7 @@ class LinearPlan(Plan):
     Under a causal mask a tile has ``tiles.q`` queries and their keys, and ``tiles.kv`` is not used.
     """
 
-    grouped_gradients: Literal["expand", "reduce"] = "expand"  # type: ignore[assignment]
+    grouped_gradients: Literal["expand", "reduce"] = "expand"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,7 +171,7 @@ class LinearPlan(Plan):
 
 @dataclass
 class State:
-    """What stands for the keys and values that were taken in: φ(K)ᵀ V, and the sum of φ(K) where outputs are divided."""
+    """What stands for keys and values that were taken in: φ(K)ᵀ V, and the sum of φ(K) where outputs are divided."""
 
     products: Tile
     key_sum: Tile | None
@@ -227,7 +233,8 @@ def rows_after(tile: Tile) -> Exponents:
 
 def rows_between(tile: Tile) -> Exponents:
     """Return how many rows each row of a square tile is behind each column."""
-    return np.maximum(np.arange(tile.rows)[:, None] - np.arange(tile.columns), 0)
+    between: Exponents = np.maximum(np.arange(tile.rows)[:, None] - np.arange(tile.columns), 0)
+    return between
 
 
 def decay(machine: Machine, problem: RecurrentProblem, tile: Tile, exponents: Callable[[Tile], Exponents]) -> None:
@@ -411,12 +418,10 @@ def key_gradients(
             if own is not None:
                 queries, gradient, weights, dweights = own
                 hidden = machine.hidden_elements(rows, rows)
-                machine.matmul(
-                    weights, gradient.outputs, place=place, transpose_a=True, hidden=hidden, into=dvalues
-                )
+                machine.matmul(weights, gradient.outputs, place=place, transpose_a=True, hidden=hidden, into=dvalues)
                 machine.matmul(dweights, queries, place=place, transpose_a=True, hidden=hidden, into=dkeys)
             # finish
-            multiply_derivative(machine, problem, dkeys, machine.arrays["k"], rows)
+            multiply_derivative(machine, problem, dkeys, k, rows)
             dk_total.add(machine, dkeys, rows)
             dv_total.add(machine, dvalues, rows)
             if own is not None:
@@ -430,6 +435,65 @@ def declare_saved(machine: Machine, problem: RecurrentProblem, plan: Plan) -> No
     machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="saved")
     if problem.divides:
         machine.array("totals", problem.q_len, 1, role="saved")
+
+
+# Reference
+
+
+def reference(
+    problem: RecurrentProblem, inputs: Mapping[str, Values], rounded: Callable[[Values], Values] = lambda values: values
+) -> dict[str, Values]:
+    """Compute whole matrices of weights, as the definition has them.
+
+    Parameters
+    ----------
+    problem
+        The problem.
+    inputs
+        ``q``, ``k``, ``v`` and, for the gradients, ``dout``, (batch, length, heads, columns), in the precision to
+        compute in: float64 for the oracle.
+    rounded
+        What weights, outputs and their gradients go through, such as a rounding to a storage format.
+
+    Returns
+    -------
+    dict
+        ``out`` and, with ``dout``, ``dq``, ``dk`` and ``dv``, shaped like the inputs.
+    """
+    q, k, v = (_by_head(problem, inputs[name]) for name in "qkv")
+    seen = _decayed_mask(problem).astype(q.dtype)
+    queries, keys = problem.map.function(q), problem.map.function(k)
+    weights = rounded(queries @ keys.swapaxes(-1, -2)) * seen
+    totals = weights.sum(axis=-1, keepdims=True) if problem.divides else np.ones((*weights.shape[:-1], 1), q.dtype)
+    inverse = np.where(totals == 0, 0, 1 / np.where(totals == 0, 1, totals)).astype(q.dtype)
+    out = rounded(inverse * (weights @ v))
+    results = {"out": np.moveaxis(out, 1, 2)}
+    if "dout" in inputs:
+        dout = inverse * _by_head(problem, inputs["dout"])
+        dtotals = -(dout * out).sum(axis=-1, keepdims=True) if problem.divides else 0
+        dweights = rounded(dout @ v.swapaxes(-1, -2) + dtotals) * seen
+        results["dq"] = np.moveaxis(dweights @ keys * problem.map.derivative(q), 1, 2)
+        dk = dweights.swapaxes(-1, -2) @ queries * problem.map.derivative(k)
+        for name, gradient in (("dk", dk), ("dv", weights.swapaxes(-1, -2) @ dout)):
+            grouped = gradient.reshape(problem.batch, problem.kv_heads, problem.group_size, *gradient.shape[2:])
+            results[name] = np.moveaxis(grouped.sum(axis=2), 1, 2)
+    return results
+
+
+def _by_head(problem: RecurrentProblem, array: Values) -> Values:
+    """Return (batch, query heads, rows, columns)."""
+    values = np.moveaxis(array, 2, 1)
+    return np.repeat(values, problem.heads // values.shape[1], axis=1)
+
+
+def _decayed_mask(problem: RecurrentProblem) -> npt.NDArray[np.float64]:
+    """Return what is left of each weight: (heads or 1, q_len, kv_len), 0 where a key is not seen."""
+    seen = problem.visible_elements().astype(np.float64)[None]
+    if problem.decays is None:
+        return seen
+    distance = np.maximum(np.arange(problem.q_len)[:, None] - np.arange(problem.kv_len), 0)
+    powers: npt.NDArray[np.float64] = problem.decays[:, None, None] ** distance * seen
+    return powers
 
 
 # Closed form
@@ -457,16 +521,15 @@ def closed_form_backward(problem: RecurrentProblem, plan: LinearPlan) -> Traffic
     keys = forms.matrix_bytes(problem, problem.kv_len, problem.head_dim)
     main = {
         "q": forms.read((1 + maps) * queries),
-        k: forms.read(2 * keys) ,
+        k: forms.read((2 + maps) * keys),
         v: forms.read(2 * forms.matrix_bytes(problem, problem.kv_len, problem.value_dim)),
         "dout": forms.read(2 * forms.matrix_bytes(problem, problem.q_len, problem.value_dim)),
         "dq": forms.written(queries),
     }
-    again = {"k": forms.read(keys)} if maps else {}
     if problem.divides:
         main["out"] = forms.read(2 * forms.matrix_bytes(problem, problem.q_len, problem.value_dim))
         main["totals"] = forms.read(2 * forms.statistic_bytes(problem, problem.q_len))
-    return forms.total([main, again, *forms.grouped_gradient_traffic(problem, plan)])
+    return forms.total([main, *forms.grouped_gradient_traffic(problem, plan)])
 
 
 # Plans

@@ -47,7 +47,7 @@ def fused_algorithms() -> list[str]:
 
 def forward_algorithms() -> list[str]:
     """Return every registered program with a forward pass."""
-    return [name for name, algorithm in ALGORITHMS.items() if "forward" in algorithm.programs]
+    return [name for name, algorithm in ALGORITHMS.items() if algorithm.is_softmax and "forward" in algorithm.programs]
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,8 @@ def best_elements(point: Point, direction: str = "forward") -> tuple[int, str]:
     """Return the least elements that any registered program moves at a point, and which program it is."""
     found = []
     for name, algorithm in ALGORITHMS.items():
+        if not algorithm.is_softmax:
+            continue
         if direction in algorithm.programs:
             try:
                 found.append((elements(name, direction=direction, **point.problem), name))
