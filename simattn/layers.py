@@ -285,11 +285,11 @@ class AttentionLayer:
             object.__setattr__(self, name, getattr(problem, name))
 
     def __str__(self) -> str:
-        kind = {self.heads: "multi-head", 1: "multi-query"}.get(self.kv_heads, "grouped-query")
-        columns = f"{self.head_dim}" + (f" (values {self.value_dim})" if self.value_dim != self.head_dim else "")
+        kind = {1: "multi-query", self.heads: "multi-head"}.get(self.kv_heads, "grouped-query")
+        values = f", values of {self.value_dim}" if self.value_dim != self.head_dim else ""
         return ", ".join(
             [
-                f"{kind} attention: {self.heads} heads on {self.kv_heads} KV heads of {columns} columns",
+                f"{kind} attention: heads {self.heads} on {self.kv_heads}, columns {self.head_dim}{values}",
                 f"width {self.model_width}"
                 + (f", context width {self.context_width}" if self.context_width is not None else ""),
                 self.dtype,
