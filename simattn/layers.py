@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from simattn.api import Inputs, Run, closed_form, profile, run_inputs, run_inputs_backward
+from simattn.api import Inputs, Run, checked_algorithm, closed_form, profile, run_inputs, run_inputs_backward
 from simattn.arithmetic.floating import ARITHMETICS, FloatArithmetic
 from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype, storage_name
 from simattn.hardware import Hardware, get_hardware
@@ -118,7 +118,7 @@ class LayerRun:
     Attributes
     ----------
     layer, phase
-        What ran; see :meth:`AttentionLayer.profile`.
+        What ran; see :meth:`simattn.AttentionLayer.profile`.
     problem
         The attention in it.
     algorithm
@@ -588,8 +588,8 @@ class AttentionLayer:
             What keys and values are projected from in cross-attention, shape (batch, context_length, context_width);
             None in self-attention, and where the cache has them.
         cache
-            Keys and values of earlier steps, :attr:`LayerRun.cache`: the run is then a decoding step, and x holds the
-            new rows. Of cross-attention they are those of the whole context.
+            Keys and values of earlier steps, as :class:`~simattn.layers.LayerRun` has them: the run is then a decoding
+            step, and x holds the new rows. Of cross-attention they are those of the whole context.
         arithmetic
             "float32", every array rounded to the storage format as it is written, or "float64", the oracle, nothing
             rounded. The oracle takes arrays in float64 as well as in the storage format.
@@ -649,6 +649,7 @@ class AttentionLayer:
             If an argument is unknown or out of range; the message names it, its value and what was expected.
         """
         simulation = self._simulation(x, weights, context, None, arithmetic, dy)
+        checked_algorithm(algorithm, "backward", simulation.work.problem)
         plans = _Plans.checked(self, algorithm, plan, hardware, sram_bytes, projection_tiles, options)
         simulation.run_forward(plans.without_tiles())
         simulation.parts.clear()

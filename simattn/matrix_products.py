@@ -6,7 +6,7 @@ written once. So, of an output of M × N and a contraction of K, in tiles of t_M
     read     K · (M · ⌈N / t_N⌉ + N · ⌈M / t_M⌉)
     written  M · N
 
-elements, however deep the operands' tiles are. The rule of what is charged is :mod:`simattn.machine`'s.
+elements, however deep the operands' tiles are. The rule of what is charged is that of every program.
 """
 
 from __future__ import annotations

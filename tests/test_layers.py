@@ -18,7 +18,7 @@ from simattn.algorithms import ALGORITHMS
 from simattn.layers import PHASES, LayerFlops
 from simattn.machine import CapacityError
 from simattn.matrix_products import ColumnSum, MatrixProduct, ProductTiles, Term
-from simattn.testing import assert_within_error_budget, windows
+from simattn.testing import assert_within_error_budget, plan_options, windows
 from simattn.traffic import COUNTERS
 
 FORWARD = [name for name, spec in ALGORITHMS.items() if "forward" in spec.directions]
@@ -69,8 +69,10 @@ def layer_cases(draw, *, backward=False, **arguments):
     found = draw(sizes(layer, "backward" if backward else "prefill"))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     inputs = inputs_of(layer, generator, backward=backward, **found)
+    algorithm = draw(st.sampled_from(BOTH if backward else FORWARD))
     options = {
-        "algorithm": draw(st.sampled_from(BOTH if backward else FORWARD)),
+        **draw(plan_options(ALGORITHMS[algorithm])),
+        "algorithm": algorithm,
         "projection_tiles": draw(tiles),
         "tiles": draw(st.tuples(st.integers(1, 14), st.integers(1, 14))),
     }
@@ -264,10 +266,12 @@ class TestCounts:
         layer = data.draw(layers())
         assume(not (phase == "decode" and layer.is_cross_attention and (layer.causal or layer.window)))
         given_sizes = data.draw(sizes(layer, phase))
+        algorithm = data.draw(st.sampled_from(FORWARD if phase in ("prefill", "decode") else BOTH))
         arguments = {
-            "algorithm": data.draw(st.sampled_from(BOTH)),
+            "algorithm": algorithm,
             "projection_tiles": data.draw(tiles),
             "tiles": data.draw(st.tuples(st.integers(1, 14), st.integers(1, 14))),
+            **data.draw(plan_options(ALGORITHMS[algorithm])),
         }
         run = layer.profile(phase, **given_sizes, **arguments)
         assert layer.closed_form(phase, **given_sizes, **arguments) == run.traffic.global_only()
@@ -389,10 +393,12 @@ class TestCounts:
         seconds = []
         for length in (1 << 20, 1 << 40):
             sizes_of = {"cache_length": length} if phase == "decode" else {"length": length}
-            layer.profile(phase, **sizes_of)  # makes the plans, which are kept
-            started = time.perf_counter()
-            layer.profile(phase, **sizes_of)
-            seconds.append(time.perf_counter() - started)
+            times = []
+            for _ in range(5):  # the first makes the plans, which are kept; others may be interrupted
+                started = time.perf_counter()
+                layer.profile(phase, **sizes_of)
+                times.append(time.perf_counter() - started)
+            seconds.append(min(times))
         assert max(seconds) < 0.1
 
     def test_capacity(self):
@@ -907,3 +913,9 @@ def test_running_refuses(layer, changes, error, words):
 def test_running_backward_refuses(dy, error, words):
     with pytest.raises(error, match=words):
         SELF.run_backward(**run_inputs(SELF), dy=dy)
+
+
+def test_running_backward_refuses_an_algorithm_without_a_backward_pass():
+    inputs = run_inputs(SELF)
+    with pytest.raises(ValueError, match="direction='backward' of small_cache: expected one of"):
+        SELF.run_backward(**inputs, dy=inputs["x"], algorithm="small_cache")
