@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import math
 import time
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import simattn
 from simattn import AttentionLayer
+from simattn import layers as layers_module
 from simattn.algorithms import ALGORITHMS
 from simattn.layers import PHASES, LayerFlops
 from simattn.machine import CapacityError
@@ -681,6 +683,12 @@ def test_the_repr_is_a_table_of_the_parts():
     assert len(rows) == len(run.parts) + 1
     assert rows[-1]["matmul_flops"] == run.operations.matmul_flops == sum(row["matmul_flops"] for row in rows[:-1])
     assert run.y is run.cache is run.dx is run.dcontext is run.dweights is None
+
+
+def test_the_examples_of_the_docstrings_run():
+    results = doctest.testmod(layers_module)
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 def test_names_of_layers():
