@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from simattn.api import Run, closed_form, count, default_plan, profile, run, run_backward
     from simattn.claims import claims
     from simattn.hardware import HARDWARE
+    from simattn.layers import AttentionLayer
     from simattn.machine import CapacityError, Operations
     from simattn.masks import BlockMask
     from simattn.plan import Plan, Tiles
@@ -22,6 +23,7 @@ __all__ = [
     "ALGORITHMS",
     "HARDWARE",
     "ArrayTraffic",
+    "AttentionLayer",
     "AttentionProblem",
     "BlockMask",
     "CapacityError",
@@ -49,6 +51,7 @@ _MODULE_OF = {
     **dict.fromkeys(["Plan", "Tiles"], "plan"),
     **dict.fromkeys(["ArrayTraffic", "Traffic"], "traffic"),
     "ALGORITHMS": "algorithms",
+    "AttentionLayer": "layers",
     "AttentionProblem": "problem",
     "BlockMask": "masks",
     "HARDWARE": "hardware",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -331,20 +331,24 @@ def run(
     ValueError, TypeError
         If an argument is unknown or out of range; the message names it, its value and what was expected.
     """
-    inputs = _Inputs.checked(q, k, v, {"q": q_descale, "k": k_descale, "v": v_descale})
-    request = _request(
+    return run_inputs(
         algorithm,
-        **inputs.shape_arguments,
+        Inputs.checked(q, k, v, {"q": q_descale, "k": k_descale, "v": v_descale}),
         scale=scale,
         causal=causal,
         window=window,
         block_mask=block_mask,
-        direction="forward",
+        arithmetic=arithmetic,
         plan=plan,
         hardware=hardware,
         sram_bytes=sram_bytes,
         **options,
     )
+
+
+def run_inputs(algorithm: str, inputs: Inputs, *, arithmetic: str, **arguments: Any) -> Run:
+    """Run a forward program on checked inputs; the other arguments are those of :func:`run`."""
+    request = _request(algorithm, **inputs.shape_arguments, direction="forward", **arguments)
     machine = _simulated(request, _checked_arithmetic(arithmetic, request), inputs.head_major(request.problem))
     return _finished(request, machine, **_forward_numbers(request, machine))
 
@@ -400,16 +404,36 @@ def run_backward(
     ValueError, TypeError
         If an argument is unknown or out of range; the message names it, its value and what was expected.
     """
-    inputs = _Inputs.checked(q, k, v, {}, dout)
-    shared = {
-        **inputs.shape_arguments,
-        "scale": scale,
-        "causal": causal,
-        "window": window,
-        "block_mask": block_mask,
-        "hardware": hardware,
-        "sram_bytes": sram_bytes,
-    }
+    return run_inputs_backward(
+        algorithm,
+        Inputs.checked(q, k, v, {}, dout),
+        {
+            "scale": scale,
+            "causal": causal,
+            "window": window,
+            "block_mask": block_mask,
+            "hardware": hardware,
+            "sram_bytes": sram_bytes,
+        },
+        saved=saved,
+        arithmetic=arithmetic,
+        plan=plan,
+        **options,
+    )
+
+
+def run_inputs_backward(
+    algorithm: str,
+    inputs: Inputs,
+    arguments: Mapping[str, Any],
+    *,
+    saved: Mapping[str, npt.ArrayLike] | None,
+    arithmetic: str,
+    plan: Plan | PlanKind | None,
+    **options: Any,
+) -> Run:
+    """Run a backward program on checked inputs; ``arguments`` are those of :func:`run_backward` that are no options."""
+    shared = {**inputs.shape_arguments, **arguments}
     request = _request(algorithm, **shared, direction="backward", plan=plan, **options)
     chosen, values = _checked_arithmetic(arithmetic, request), inputs.head_major(request.problem)
     if saved is None:
@@ -448,11 +472,22 @@ def _simulated(request: _Request, arithmetic: FloatArithmetic, values: Mapping[s
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """Checked input arrays, (batch, length, heads, columns), by name."""
+class Inputs:
+    """Checked input arrays.
+
+    Attributes
+    ----------
+    arrays
+        Arrays (batch, length, heads, columns), by name.
+    dtype
+        Storage format. The oracle may be given arrays in float64, numbers that it has computed and not rounded.
+    descales
+        Factors (batch, kv_heads) of eight-bit arrays, by the array's name.
+    """
 
     arrays: dict[str, Values]
-    descales: dict[str, npt.ArrayLike]
+    dtype: str
+    descales: dict[str, npt.ArrayLike] = field(default_factory=dict)
 
     @classmethod
     def checked(
@@ -462,7 +497,8 @@ class _Inputs:
         v: npt.ArrayLike,
         descales: Mapping[str, npt.ArrayLike | None],
         dout: npt.ArrayLike | None = None,
-    ) -> _Inputs:
+    ) -> Inputs:
+        """Return the inputs, if their shapes and types fit together."""
         arrays = {"q": np.asarray(q), "k": np.asarray(k), "v": np.asarray(v)}
         if dout is not None:
             arrays["dout"] = np.asarray(dout)
@@ -493,7 +529,7 @@ class _Inputs:
             raise ValueError(
                 f"{next(iter(given))}_descale is given for dtype {arrays['q'].dtype}: expected eight-bit inputs"
             )
-        return cls(arrays, given)
+        return cls(arrays, storage_name(arrays["q"].dtype), given)
 
     @property
     def shape_arguments(self) -> dict[str, Any]:
@@ -507,7 +543,7 @@ class _Inputs:
             "kv_len": k.shape[1],
             "head_dim": q.shape[3],
             "value_dim": v.shape[3],
-            "dtype": storage_name(q.dtype),
+            "dtype": self.dtype,
         }
 
     def head_major(self, problem: AttentionProblem) -> dict[str, Values]:

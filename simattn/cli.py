@@ -1,4 +1,4 @@
-"""The command line: ``simattn report``, ``claims``, ``count``, ``sweep`` and ``hardware``.
+"""The command line: ``simattn report``, ``claims``, ``count``, ``layer``, ``sweep`` and ``hardware``.
 
 Data goes to standard output and progress to standard error, the latter only when that is a terminal. The exit
 code is 0, 1 when a claim that should hold does not or a count contradicts its closed form, 2 for a mistake in the
@@ -155,7 +155,7 @@ def _axis(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Argument:
-    """An argument of :func:`simattn.count` with one value, or in a sweep several separated by commas."""
+    """An argument with one value; those of :func:`simattn.count` have in a sweep several, separated by commas."""
 
     name: str
     parse: Callable[[str], Any]
@@ -183,6 +183,35 @@ _TILES_HELP = "rows of the query and key tiles, and columns handled at a time"
 _OPTION_HELP = "a field of the algorithm's plan or problem, e.g. dq=deterministic; may be repeated"
 
 
+_LAYER = (
+    _Argument("model_width", _integer, "COLUMNS", "columns of x and of the output"),
+    _Argument("heads", _integer, "COUNT", "query heads"),
+    _Argument("kv_heads", _integer, "COUNT", "key/value heads; must divide heads (default: heads)"),
+    _Argument("head_dim", _integer, "COLUMNS", "columns of a head's queries and keys (default: model_width / heads)"),
+    _Argument("value_dim", _integer, "COLUMNS", "columns of a head's values (default: head_dim)"),
+    _Argument("context_width", _integer, "COLUMNS", "columns of the context; given, it is cross-attention"),
+    _Argument("dtype", str, "NAME", "storage format: float32, float16 or bfloat16 (default: bfloat16)"),
+    _Argument("window", _window, "LEFT,RIGHT", _WINDOW_HELP),
+)
+_LAYER_WORK = (
+    _Argument("length", _integer, "ROWS", "rows of x in each sequence; in decoding the new ones (default there: 1)"),
+    _Argument("cache_length", _integer, "ROWS", "rows of the cache before a decoding step of self-attention"),
+    _Argument("context_length", _integer, "ROWS", "rows of the context in cross-attention"),
+    _Argument("batch", _integer, "COUNT", "sequences (default: 1)"),
+    _Argument("algorithm", str, "NAME", "program of the attention (default: flash2)"),
+    _Argument("plan", str, "KIND", "of the attention: gpu, fit or paper (default: gpu; fit if sram_bytes is given)"),
+    _Argument("hardware", str, "GPU", "row of `simattn hardware` (default: H100-SXM)"),
+    _Argument("sram_bytes", _integer, "BYTES", "SRAM of a thread block, in place of the GPU's"),
+    _Argument(
+        "projection_tiles",
+        _integers("ROWS,COLUMNS,DEPTH", (3,)),
+        "ROWS,COLUMNS,DEPTH",
+        "tiles of the projections (default: 128,128,64, halved until they fit)",
+    ),
+    _Argument("tiles", _integers("Q,KV or Q,KV,DEPTH", (2, 3)), "Q,KV[,DEPTH]", _TILES_HELP),
+)
+
+
 def _add_problem(parser: argparse.ArgumentParser, *, axes: bool) -> None:
     """Add the arguments of a count; with ``axes`` each takes several values."""
     several = " (commas separate the values of an axis)" if axes else ""
@@ -202,14 +231,7 @@ def _add_problem(parser: argparse.ArgumentParser, *, axes: bool) -> None:
     group.add_argument("--window", type=_window, metavar="LEFT,RIGHT", help=_WINDOW_HELP + again, **pairs)
     parse_tiles = _integers("Q,KV or Q,KV,DEPTH", (2, 3))
     group.add_argument("--tiles", type=parse_tiles, metavar="Q,KV[,DEPTH]", help=_TILES_HELP + again, **pairs)
-    group.add_argument(
-        "--option",
-        type=_option,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE" + "[,…]" * axes,
-        help=_OPTION_HELP,
-    )
+    _add_option(group, "NAME=VALUE" + "[,…]" * axes)
     group.add_argument(
         "--block-mask", metavar="FILE.npy", help="boolean array (q_blocks, kv_blocks): a block-sparse mask"
     )
@@ -219,6 +241,23 @@ def _add_problem(parser: argparse.ArgumentParser, *, axes: bool) -> None:
     )
 
 
+def _add_layer(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a layer and of its work."""
+    for title, entries in (("layer", _LAYER), ("work and plan", _LAYER_WORK)):
+        group = parser.add_argument_group(title)
+        for entry in entries:
+            group.add_argument(_flag_name(entry.name), type=entry.parse, metavar=entry.metavar, help=entry.help)
+        if entries is _LAYER:
+            group.add_argument("--biases", action="store_true", default=None, help="add a row to every projection")
+            group.add_argument("--causal", action="store_true", default=None, help="hide later keys")
+        else:
+            _add_option(group)
+
+
+def _add_option(group: argparse._ArgumentGroup, metavar: str = "NAME=VALUE") -> None:
+    group.add_argument("--option", type=_option, action="append", default=[], metavar=metavar, help=_OPTION_HELP)
+
+
 def _flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -226,11 +265,8 @@ def _flag_name(name: str) -> str:
 def _problem(arguments: argparse.Namespace, *, axes: bool) -> dict[str, Any]:
     """Return the arguments that were given, by the names that :func:`simattn.count` takes."""
     names = [*(argument.name for argument in _SCALARS), "causal", "window", "tiles"]
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    for name, text in arguments.option:
-        if name in given:
-            raise _WrongArgumentsError(f"--option {name}={text}: {name} is given already")
-        given[name] = _axis(_plan_value)(text) if axes else _plan_value(text)
+    given = _given(arguments, names)
+    _add_plan_options(given, arguments.option, _axis(_plan_value) if axes else _plan_value)
     if (arguments.block_mask is None) != (arguments.block_size is None):
         raise _WrongArgumentsError("--block-mask FILE.npy and --block-size Q,KV: expected both or neither")
     if arguments.block_mask is not None:
@@ -238,6 +274,17 @@ def _problem(arguments: argparse.Namespace, *, axes: bool) -> dict[str, Any]:
     if "q_len" not in given:
         raise _WrongArgumentsError("--q-len is missing: expected the rows of the queries")
     return given
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+def _add_plan_options(given: dict[str, Any], options: Sequence[tuple[str, str]], parse: Callable[[str], Any]) -> None:
+    for name, text in options:
+        if name in given:
+            raise _WrongArgumentsError(f"--option {name}={text}: {name} is given already")
+        given[name] = parse(text)
 
 
 def _block_mask(path: str, q_block: int, kv_block: int) -> Any:
@@ -254,6 +301,12 @@ def _add_formats(parser: argparse.ArgumentParser, *, csv: bool = True) -> None:
     group.add_argument("--json", action="store_true", help="print JSON")
     if csv:
         group.add_argument("--csv", action="store_true", help="print comma-separated values")
+
+
+def _add_closed_form(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--closed-form", action="store_true", help="evaluate the formula instead; it has no SRAM traffic"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -281,10 +334,13 @@ def _parser() -> argparse.ArgumentParser:
     count = add("count", _count, "count the bytes that one program moves", algorithms)
     count.add_argument("algorithm", metavar="ALGORITHM")
     _add_problem(count, axes=False)
-    count.add_argument(
-        "--closed-form", action="store_true", help="evaluate the formula instead; it has no SRAM traffic"
-    )
+    _add_closed_form(count)
     _add_formats(count)
+    layer = add("layer", _layer, "count the bytes that a whole attention layer moves, with its projections", algorithms)
+    layer.add_argument("phase", metavar="PHASE", help="prefill, decode, backward (without its forward) or train")
+    _add_layer(layer)
+    _add_closed_form(layer)
+    _add_formats(layer)
     sweep = add("sweep", _sweep, "count every point of a grid, resumable from its output file", algorithms)
     sweep.add_argument("algorithm", type=_axis(str), metavar="ALGORITHM[,…]")
     _add_problem(sweep, axes=True)
@@ -351,15 +407,19 @@ def _count(arguments: argparse.Namespace) -> int:
 
 
 def _described(run: Any) -> dict[str, Any]:
-    problem = {field.name: getattr(run.problem, field.name) for field in dataclasses.fields(run.problem)}
-    if run.problem.block_mask is not None:
-        problem["block_mask"] = run.problem.block_mask.fingerprint()
     return {
         "algorithm": run.algorithm,
         "direction": run.direction,
-        "problem": problem,
+        "problem": _problem_fields(run.problem),
         "plan": dataclasses.asdict(run.plan),
     }
+
+
+def _problem_fields(problem: Any) -> dict[str, Any]:
+    found = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
+    if problem.block_mask is not None:
+        found["block_mask"] = problem.block_mask.fingerprint()
+    return found
 
 
 def _counted(run: Any) -> dict[str, Any]:
@@ -369,6 +429,40 @@ def _counted(run: Any) -> dict[str, Any]:
         "peak_register_bytes": run.peak_register_bytes,
         "hbm_bytes_by_role": run.hbm_bytes_by_role,
     }
+
+
+def _layer(arguments: argparse.Namespace) -> int:
+    from simattn.layers import AttentionLayer
+    from simattn.tables import json_text
+
+    shape = _given(arguments, [*(entry.name for entry in _LAYER), "biases", "causal"])
+    work = _given(arguments, [entry.name for entry in _LAYER_WORK])
+    _add_plan_options(work, arguments.option, _plan_value)
+    for name in ("model_width", "heads"):
+        if name not in shape:
+            raise _WrongArgumentsError(f"{_flag_name(name)} is missing: expected it for the shape of the layer")
+    with _wrong_arguments():
+        layer = AttentionLayer(**shape)
+        run = layer.profile(arguments.phase, **work)
+        formula = layer.closed_form(arguments.phase, **work) if arguments.closed_form else None
+    if arguments.json:
+        described = {
+            "phase": run.phase,
+            "layer": dataclasses.asdict(layer),
+            "parameters": layer.parameters_by_array,
+            "problem": _problem_fields(run.problem),
+            "algorithm": run.algorithm,
+            "projection_tiles": dataclasses.asdict(run.projection_tiles),
+        }
+        counted = {} if formula is not None else {"parts": list(run.rows())}
+        print(
+            json_text({**described, **counted, "traffic": list((run.traffic if formula is None else formula).rows())})
+        )
+    elif formula is not None:
+        _print_rows(arguments, list(formula.rows()), lambda: repr(formula))
+    else:
+        _print_rows(arguments, list(run.rows()), lambda: repr(run))
+    return OK
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

@@ -884,6 +884,13 @@ class Machine:
             self._set_product(tile, self.arithmetic.row_dot(self._read(a), self._read(b)), into)
         return tile
 
+    def add_column_sums(self, tile: Tile, values: Tile) -> None:
+        """Add the sum of each column to a tile of one row."""
+        self._operate(reads=(tile, values), writes=(tile,), vector_flops=values.rows * values.columns)
+        if self.arithmetic is not None:
+            added = self._read(values).sum(axis=-2, keepdims=True)
+            self._update(tile, lambda present: add_in_place(present, added))
+
     def softmax_gradient(self, probabilities: Tile, dprobabilities: Tile, delta: Tile) -> None:
         """Replace dP by P ∘ (dP − delta), the gradient of the scores."""
         self._operate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import inspect
 import io
 import json
@@ -155,6 +156,74 @@ def test_count_has_every_argument_of_the_call():
 )
 def test_integers_take_suffixes(text, value):
     assert cli._integer(text) == value
+
+
+# layer
+
+LAYER = {"model_width": 96, "heads": 8, "kv_heads": 2, "head_dim": 24, "value_dim": 16, "dtype": "float32"}
+LENGTHS = {"length": 300, "batch": 2}
+
+
+def test_layer_prints_the_table(run):
+    out = printed(run, "layer", "train", *options(LAYER), *options(LENGTHS), "--causal", "--biases")
+    layer = simattn.AttentionLayer(**LAYER, causal=True, biases=True)
+    assert out == f"{layer.profile('train', **LENGTHS)!r}\n"
+
+
+def test_layer_json_has_the_numbers_of_the_call(run):
+    found = json.loads(printed(run, "layer", "decode", *options(LAYER), "--cache-length", "1M", "--json"))
+    layer = simattn.AttentionLayer(**LAYER)
+    expected = layer.profile("decode", cache_length=1 << 20)
+    assert found["parts"] == list(expected.rows())
+    assert found["traffic"] == list(expected.traffic.rows())
+    assert found["parameters"] == layer.parameters_by_array
+    assert {name: found["layer"][name] for name in LAYER} == LAYER
+    assert (found["phase"], found["algorithm"], found["problem"]["kv_len"]) == ("decode", "flash2", (1 << 20) + 1)
+
+
+def test_layer_csv_has_the_rows_of_the_parts(run):
+    rows = csv_rows(printed(run, "layer", "backward", *options(LAYER), *options(LENGTHS), "--csv"))
+    expected = simattn.AttentionLayer(**LAYER).profile("backward", **LENGTHS).rows()
+    assert rows == [{name: str(value) for name, value in row.items()} for row in expected]
+
+
+def test_layer_closed_form(run):
+    given = ("layer", "train", *options(LAYER), *options(LENGTHS), "--closed-form")
+    expected = simattn.AttentionLayer(**LAYER).closed_form("train", **LENGTHS)
+    assert printed(run, *given) == f"{expected!r}\n"
+    found = json.loads(printed(run, *given, "--json"))
+    assert found["traffic"] == list(expected.rows())
+    assert "parts" not in found
+
+
+@pytest.mark.parametrize(
+    ("given", "shape", "work"),
+    [
+        (["--window", "63,none"], {"window": (63, None)}, {}),
+        (["--context-width", "40", "--context-length", "77"], {"context_width": 40}, {"context_length": 77}),
+        (["--algorithm", "flash1", "--tiles", "16,32"], {}, {"algorithm": "flash1", "tiles": (16, 32)}),
+        (["--plan", "paper", "--hardware", "T4"], {}, {"plan": "paper", "hardware": "T4"}),
+        (["--sram-bytes", "64k"], {}, {"sram_bytes": 65536}),
+        (["--projection-tiles", "64,32,16"], {}, {"projection_tiles": (64, 32, 16)}),
+        (
+            ["--option", "dq=deterministic", "--option", "repeat_kv=true"],
+            {},
+            {"dq": "deterministic", "repeat_kv": True},
+        ),
+    ],
+)
+def test_layer_passes_its_arguments_on(run, given, shape, work):
+    out = printed(run, "layer", "train", *options(LAYER), *options(LENGTHS), *given, "--closed-form", "--csv")
+    expected = simattn.AttentionLayer(**LAYER, **shape).closed_form("train", **LENGTHS, **work)
+    assert out.splitlines()[-1] == ",".join(str(value) for value in list(expected.rows())[-1].values())
+
+
+def test_layer_has_every_argument_of_the_layer_and_of_its_work():
+    layer = simattn.AttentionLayer
+    expected = {item.name for item in dataclasses.fields(layer)}
+    parameters = inspect.signature(layer.profile).parameters
+    expected |= {name for name, entry in parameters.items() if entry.kind is not entry.VAR_KEYWORD} - {"self"}
+    assert expected <= set(vars(cli._parser().parse_args(["layer", "train"])))
 
 
 # sweep
@@ -315,6 +384,21 @@ def test_report_json_and_failing_exit_code(run, monkeypatch, tmp_path):
         (["count", "flash2", "--q-len", "8", "--block-mask", "no.npy", "--block-size", "8,8"], "no.npy"),
         (["count", "flash2", "--q-len", "8", "--json", "--csv"], "not allowed with"),
         (["count", "flash2", "--q-len", "8", "extra"], "unrecognized arguments: extra"),
+        (["layer"], "arguments are required: PHASE"),
+        (["layer", "train", "--heads", "8"], "--model-width is missing"),
+        (["layer", "train", "--model-width", "8"], "--heads is missing"),
+        (["layer", "train", "--model-width", "8", "--heads", "3"], "heads=3 does not divide model_width=8"),
+        (["layer", "train", "--model-width", "8", "--heads", "2"], "length=None with phase='train'"),
+        (["layer", "forward", "--model-width", "8", "--heads", "2"], "phase='forward'"),
+        (["layer", "decode", "--model-width", "8", "--heads", "2"], "cache_length=None with phase='decode'"),
+        (
+            ["layer", "train", "--model-width", "8", "--heads", "2", "--projection-tiles", "4"],
+            "expected ROWS,COLUMNS,D",
+        ),
+        (
+            ["layer", "train", "--model-width", "8", "--heads", "2", "--length", "8", "--option", "length=9"],
+            "length is given already",
+        ),
         (["sweep", "flash2", "--q-len", "1k,1024"], "twice"),
         (["sweep", "flash2", "--q-len", "8", "--causal", "maybe"], "'maybe': expected true or false"),
         (["sweep", "flash2", "--q-len", "8", "--workers", "0"], "max_workers"),
@@ -375,11 +459,13 @@ def test_interruption_has_its_own_code(run, monkeypatch):
 # The process
 
 
-@pytest.mark.parametrize("command", [[], ["report"], ["claims"], ["count"], ["sweep"], ["hardware"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["report"], ["claims"], ["count"], ["layer"], ["sweep"], ["hardware"]], ids=" ".join
+)
 def test_help_is_printed(run, command):
     out = printed(run, *command, "--help")
     assert out.startswith("usage: simattn")
-    if command in (["count"], ["sweep"]):
+    if command in (["count"], ["layer"], ["sweep"]):
         assert all(name in out for name in simattn.ALGORITHMS)
 
 

@@ -12,6 +12,7 @@ from simattn.claims.model import DOES_NOT_HOLD, HOLDS, Claim, Evidence, claim
 from simattn.claims.rules import counted, equality_evidence, forward_algorithms, fused_algorithms
 from simattn.claims.sources import ADVANCED, FLASH1, FLASH2, IN_LLMS, MULTI_HEAD, OVERVIEW, VERSUS
 from simattn.hardware import get_hardware
+from simattn.layers import AttentionLayer, Phase
 
 EXACT_EXPONENT = 1e-6
 """Rounding that a fit of an exact power law may leave."""
@@ -67,9 +68,13 @@ def scores_flops_n_d_squared() -> Evidence:
     )
 
 
+def _layer(d: int, heads: int | None = None) -> AttentionLayer:
+    return AttentionLayer(model_width=d, heads=heads or d // 64)
+
+
 def _layer_flops(n: int, d: int) -> int:
-    """Return the FLOPs of an attention layer: the counted products and the four n × d × d projections."""
-    return counted("standard", heads=d // 64, head_dim=64, q_len=n).operations.matmul_flops + 4 * 2 * n * d * d
+    """Return the FLOPs that the programs of an attention layer do forward: four projections, scores and values."""
+    return _layer(d).profile("prefill", length=n, algorithm="standard").operations.matmul_flops
 
 
 @claim(
@@ -79,12 +84,19 @@ def _layer_flops(n: int, d: int) -> int:
     expected=HOLDS,
 )
 def layer_complexity() -> Evidence:
-    """Add 4n²d, counted for the scores and values, and 8nd² for the projections."""
-    pairs = [
-        (_layer_flops(n, d), 4 * n * n * d + 8 * n * d * d) for n in (1 << 8, 1 << 12, 1 << 16) for d in (512, 4096)
-    ]
+    """Count 4n²d of scores and values and 8nd² of projections forward, and twice as many backward."""
+    pairs = []
+    for n in (1 << 8, 1 << 12, 1 << 16, 1 << 20):
+        for d in (512, 4096):
+            pairs.append((_layer_flops(n, d), 4 * n * n * d + 8 * n * d * d))
+            phases: tuple[tuple[Phase, int], ...] = (("prefill", 1), ("train", 3))
+            for phase, times in phases:
+                flops = _layer(d).flops(phase, length=n)
+                pairs += [(flops.projections, times * 8 * n * d * d), (flops.attention, times * 4 * n * n * d)]
     return equality_evidence(
-        pairs, "n = 2⁸…2¹⁶; d = 512, 4096; standard and the projections' shapes", "FLOPs = 4n²d + 8nd²"
+        pairs,
+        "n = 2⁸…2²⁰; d = 512, 4096, h = d/64; the programs with standard attention, and the shapes in both directions",
+        "FLOPs = 4n²d + 8nd² forward, three times as many in training",
     )
 
 
@@ -130,6 +142,30 @@ def heads_same_flops() -> Evidence:
         counted=f"{evidence.counted}; exponentials are {ratio:.3g} times as many with 16 heads",
         verdict=evidence.verdict,
         numbers={**evidence.numbers, "exponentials_ratio": ratio},
+    )
+
+
+@claim(
+    "heads-projections",
+    statement="The FLOPs of multi-head attention are slightly above those of one head, because projections are added.",
+    source=f"{OVERVIEW}; {MULTI_HEAD}",
+    expected=DOES_NOT_HOLD,
+)
+def heads_projections() -> Evidence:
+    """Count layers of one width: one head has the same projections. Attention without any has 2d/n less, no little."""
+    width, differences, shares = 1024, [], {}
+    for n in (512, 4096, 1 << 16):
+        flops = {h: _layer(width, h).profile("prefill", length=n).operations.matmul_flops for h in (1, 4, 16)}
+        differences += [flops[h] - flops[1] for h in (4, 16)]
+        counts = _layer(width, 16).flops("prefill", length=n)
+        shares[n] = counts.projections / counts.attention
+    slight = all(difference > 0 for difference in differences)
+    return Evidence(
+        range_tested=f"flash2; d_model = {width}; h = 1, 4, 16; n = 512, 4096, 2¹⁶",
+        counted=f"matrix products of h heads above those of one head: {max(differences)} FLOPs at most. Projections "
+        "over scores and values: " + ", ".join(f"{share:.3g} (n = {n})" for n, share in shares.items()),
+        verdict=HOLDS if slight else DOES_NOT_HOLD,
+        numbers={"differences_flops": differences, "projections_over_attention": shares},
     )
 
 
@@ -326,6 +362,7 @@ CLAIMS: tuple[Claim, ...] = (
     layer_complexity,
     layer_proportional,
     heads_same_flops,
+    heads_projections,
     backward_flops,
     causal_half,
     window_linear,
