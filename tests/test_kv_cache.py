@@ -334,7 +334,7 @@ allocators = st.one_of(
     st.builds(Buddy, st.sampled_from(["max", "pow2", "oracle"])),
     st.builds(Paged, st.integers(1, 9), st.booleans(), st.integers(0, 3)),
 )
-pools = st.integers(MAX_TOKENS, 6 * MAX_TOKENS)
+pools = st.integers(MAX_TOKENS, 4 * MAX_TOKENS)
 
 
 def try_simulate(workload, allocator, pool_tokens, **options):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -239,19 +240,18 @@ class _PageAccount:
         return self.samples[request] * (-(self.prompt[request] + self.output[request]) % self.page)
 
     def advance(self, step: int, steps: int) -> tuple[int, int]:
-        free, page, phases = self.free, self.page, self.taken_in_phase
+        free, page = self.free, self.page
         done = free_sum = 0
+        first = (step + 1) % page
+        ahead = self.taken_in_phase[first:] + self.taken_in_phase[:first]  # pages of the next steps, in order
         if steps >= page:
             cycles = min(steps // page, free // self.sequences) if self.sequences else steps // page
-            taken = taken_sum = 0
-            for ahead in range(1, page + 1):
-                taken += phases[(step + ahead) % page]
-                taken_sum += taken
-            free_sum = cycles * (page * free - taken_sum) - page * self.sequences * (cycles * (cycles - 1) // 2)
+            free_sum = page * (cycles * free - self.sequences * (cycles * (cycles - 1) // 2))
+            free_sum -= cycles * sum(accumulate(ahead))
             free -= cycles * self.sequences
             done = cycles * page
-        while done < steps:
-            pages = phases[(step + done + 1) % page]
+        # The rest is less than a cycle, or the pages suffice for less than one.
+        for pages in ahead[: steps - done]:
             if pages > free:
                 break
             free -= pages
