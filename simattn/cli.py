@@ -1,4 +1,4 @@
-"""The command line: ``simattn report``, ``claims``, ``count``, ``sweep`` and ``hardware``.
+"""The command line: ``simattn report``, ``claims``, ``count``, ``sweep``, ``kv-cache`` and ``hardware``.
 
 Data goes to standard output and progress to standard error, the latter only when that is a terminal. The exit
 code is 0, 1 when a claim that should hold does not or a count contradicts its closed form, 2 for a mistake in the
@@ -256,6 +256,51 @@ def _add_formats(parser: argparse.ArgumentParser, *, csv: bool = True) -> None:
         group.add_argument("--csv", action="store_true", help="print comma-separated values")
 
 
+_SHAPE = {
+    "layers": (_integer, "COUNT", "layers with attention"),
+    "kv_heads": (_integer, "COUNT", "key/value heads of a layer"),
+    "key_dim": (_integer, "COLUMNS", "columns of a key"),
+    "value_dim": (_integer, "COLUMNS", "columns of a value (default: key_dim)"),
+    "dtype": (str, "NAME", "storage format"),
+}
+
+
+def _add_kv_cache(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the KV cache's simulation."""
+    shape = parser.add_argument_group("model; each size replaces the model's")
+    shape.add_argument("--model", default="OPT-13B", help="LLaMA-13B, OPT-13B or Llama-2-70B (default: %(default)s)")
+    for name, (parse, metavar, text) in _SHAPE.items():
+        shape.add_argument(_flag_name(name), type=parse, metavar=metavar, help=text)
+    shape.add_argument("--max-tokens", type=_integer, metavar="COUNT", help="longest sequence (default: 2048)")
+    pool = parser.add_argument_group("pool and allocators")
+    sizes = pool.add_mutually_exclusive_group()
+    sizes.add_argument("--pool-bytes", type=_integer, metavar="BYTES", help="size of the pool (default: 12G)")
+    sizes.add_argument("--pool-tokens", type=_integer, metavar="COUNT", help="the same in tokens")
+    pool.add_argument(
+        "--allocator",
+        type=_axis(str),
+        metavar="NAME[,…]",
+        help="reserve, buddy-max, buddy-pow2, buddy-oracle, paged, paged-unshared (default: all but the last)",
+    )
+    pool.add_argument("--page-tokens", type=_integer, metavar="COUNT", help="tokens of a page (default: 16)")
+    pool.add_argument(
+        "--watermark-pages", type=_integer, metavar="COUNT", help="pages kept free at admissions (default: 0)"
+    )
+    requests = parser.add_argument_group("requests, drawn or from a trace")
+    requests.add_argument("--requests", type=_integer, metavar="COUNT", help="how many are drawn (default: 2000)")
+    lengths = "constant:TOKENS, uniform:LOW,HIGH, geometric:MEAN or lognormal:MEAN[,VARIATION]"
+    requests.add_argument("--prompt", metavar="LENGTHS", help=f"{lengths} (default: geometric:161)")
+    requests.add_argument("--output", metavar="LENGTHS", help="the same for outputs (default: geometric:338)")
+    requests.add_argument(
+        "--poisson", type=_number, metavar="RATE", help="arrivals a step (default: all arrive in step 0)"
+    )
+    requests.add_argument("--samples", type=_integer, metavar="COUNT", help="samples of each request (default: 1)")
+    requests.add_argument("--seed", type=_integer, metavar="NUMBER", help="seed of the drawn requests (default: 0)")
+    requests.add_argument(
+        "--trace", metavar="FILE.csv", help="columns arrival_step, prompt_tokens, output_tokens, optionally samples"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     from simattn import __doc__ as description
     from simattn.algorithms import ALGORITHMS
@@ -299,6 +344,9 @@ def _parser() -> argparse.ArgumentParser:
         help="stop at a point that cannot be counted, or keep its message",
     )
     _add_formats(sweep)
+    kv_cache = add("kv-cache", _kv_cache, "serve requests from a KV cache, and print how much of it is used", _NUMBERS)
+    _add_kv_cache(kv_cache)
+    _add_formats(kv_cache)
     hardware = add("hardware", _hardware, "print every figure of every GPU with its source")
     hardware.add_argument("name", nargs="*", metavar="GPU", help="default: all")
     _add_formats(hardware)
@@ -385,6 +433,73 @@ def _sweep(arguments: argparse.Namespace) -> int:
         rows = sweep(arguments.algorithm, output=arguments.output, executor=executor, errors=arguments.errors, **given)
     _print_rows(arguments, rows, lambda: repr(rows))
     return OK
+
+
+def _kv_cache(arguments: argparse.Namespace) -> int:
+    from simattn.kv_cache import DEFAULT_MAX_TOKENS, MODELS, compare_allocators
+    from simattn.plan import check_choice
+    from simattn.tables import byte_text, json_text
+
+    max_tokens = DEFAULT_MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
+    with _wrong_arguments():
+        check_choice("model", arguments.model, tuple(MODELS))
+        given = {name: getattr(arguments, name) for name in _SHAPE if getattr(arguments, name) is not None}
+        if "key_dim" in given:
+            given.setdefault("value_dim", given["key_dim"])
+        shape = dataclasses.replace(MODELS[arguments.model], **given)
+        pool_tokens = arguments.pool_tokens
+        if pool_tokens is None:
+            pool_tokens = shape.tokens_in(12 << 30 if arguments.pool_bytes is None else arguments.pool_bytes)
+        workload = _workload(arguments, max_tokens)
+        runs = compare_allocators(workload, _allocators(arguments), pool_tokens=pool_tokens, max_tokens=max_tokens)
+    rows = [run.row() for run in runs]
+    if arguments.json:
+        described = {**dataclasses.asdict(shape), "bytes_per_token": shape.bytes_per_token, "max_tokens": max_tokens}
+        print(json_text({"shape": described, "pool_tokens": pool_tokens, "runs": rows}))
+    else:
+        size = (
+            f"{shape.layers} layers × {shape.kv_heads} KV heads × ({shape.key_dim} + {shape.value_dim}) columns in "
+            f"{shape.dtype}: {shape.bytes_per_token:,} bytes a token, "
+            f"{byte_text(shape.bytes(length=max_tokens))} a sequence of {max_tokens:,}"
+        )
+        _print_rows(arguments, rows, lambda: f"{size}\n{runs!r}")
+    return OK
+
+
+def _workload(arguments: argparse.Namespace, max_tokens: int) -> Any:
+    """Return the requests of the trace, or those that the other arguments draw."""
+    from simattn.kv_cache import Poisson, generate_workload, parse_lengths, read_trace
+
+    drawn = ("requests", "prompt", "output", "poisson", "samples", "seed")
+    given = {name: getattr(arguments, name) for name in drawn if getattr(arguments, name) is not None}
+    if arguments.trace is not None:
+        if given:
+            raise ValueError(f"--trace gives the requests: expected no {', '.join(map(_flag_name, given))} beside it")
+        return read_trace(arguments.trace)
+    return generate_workload(
+        given.get("requests", 2000),
+        prompt=parse_lengths(given.get("prompt", "geometric:161")),
+        output=parse_lengths(given.get("output", "geometric:338")),
+        arrivals=Poisson(given["poisson"]) if "poisson" in given else None,
+        samples=given.get("samples", 1),
+        max_tokens=max_tokens,
+        seed=given.get("seed", 0),
+    )
+
+
+def _allocators(arguments: argparse.Namespace) -> list[Any]:
+    """Return the allocators, those with pages as the arguments say."""
+    from simattn.kv_cache import DEFAULT_ALLOCATORS, Paged, get_allocator
+
+    pages = {
+        name: getattr(arguments, name)
+        for name in ("page_tokens", "watermark_pages")
+        if getattr(arguments, name) is not None
+    }
+    return [
+        dataclasses.replace(allocator, **pages) if isinstance(allocator, Paged) else allocator
+        for allocator in map(get_allocator, arguments.allocator or DEFAULT_ALLOCATORS)
+    ]
 
 
 def _hardware(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from simattn.claims import arithmetic, heads, io, memory, timing
+from simattn.claims import arithmetic, heads, io, memory, memory_management, timing
 from simattn.claims.model import VERDICTS, Claim, ClaimRow, ClaimTable, Evidence, Verdict, check_claims, claim
 
 __all__ = [
@@ -44,6 +44,7 @@ CLAIMS: tuple[Claim, ...] = (
     *memory.CLAIMS,
     *arithmetic.CLAIMS,
     *heads.CLAIMS,
+    *memory_management.CLAIMS,
     *timing.CLAIMS,
 )
 """The table of claims."""

@@ -4,6 +4,7 @@ FLASH1 = "Dao et al. 2022, FlashAttention, arXiv 2205.14135"
 FLASH2 = "Dao 2023, FlashAttention-2, arXiv 2307.08691"
 FLASH3 = "Shah et al. 2024, FlashAttention-3, arXiv 2407.08608"
 SAHA_YE = "Saha & Ye 2024, arXiv 2402.07443"
+PAGED_ATTENTION = "Kwon et al. 2023, PagedAttention, arXiv 2309.06180"
 ONLINE_SOFTMAX = "Milakov & Gimelshein 2018, arXiv 1805.02867"
 
 # Popular articles, by title; all in Chinese.

@@ -9,12 +9,14 @@ arXiv 2309.06180).
 
 from simattn.kv_cache.allocators import (
     ALLOCATORS,
+    DEFAULT_ALLOCATORS,
     Allocator,
     Buddy,
     BuddyPool,
     OutOfPagesError,
     Paged,
     PagedPool,
+    Reservation,
     Reserve,
     ReservePool,
     get_allocator,
@@ -39,6 +41,7 @@ from simattn.kv_cache.workload import (
 
 __all__ = [
     "ALLOCATORS",
+    "DEFAULT_ALLOCATORS",
     "DEFAULT_MAX_TOKENS",
     "MODELS",
     "STATES",
@@ -56,6 +59,7 @@ __all__ = [
     "Paged",
     "PagedPool",
     "Poisson",
+    "Reservation",
     "Reserve",
     "ReservePool",
     "Uniform",

@@ -152,6 +152,9 @@ ALLOCATORS: Mapping[str, Allocator] = MappingProxyType(
 )
 """The allocators by name, pages of 16 tokens."""
 
+DEFAULT_ALLOCATORS = ("reserve", "buddy-max", "buddy-pow2", "buddy-oracle", "paged")
+"""Names of those that a comparison takes unless told otherwise."""
+
 
 def get_allocator(allocator: str | Allocator) -> Allocator:
     """Return the allocator of that name; an allocator is returned as it is.

@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from simattn.kv_cache.allocators import (
+    DEFAULT_ALLOCATORS,
     Allocator,
     Buddy,
     BuddyPool,
@@ -85,7 +86,7 @@ def simulate(
 
 def compare_allocators(
     workload: Workload,
-    allocators: Iterable[str | Allocator] = ("reserve", "buddy-max", "buddy-pow2", "buddy-oracle", "paged"),
+    allocators: Iterable[str | Allocator] = DEFAULT_ALLOCATORS,
     *,
     pool_tokens: int,
     max_tokens: int = DEFAULT_MAX_TOKENS,
