@@ -155,7 +155,7 @@ def _axis(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Argument:
-    """An argument of :func:`simattn.count` with one value, or in a sweep several separated by commas."""
+    """An argument with one value, or in a sweep several separated by commas."""
 
     name: str
     parse: Callable[[str], Any]
@@ -223,10 +223,14 @@ def _flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of these names that were given."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
 def _problem(arguments: argparse.Namespace, *, axes: bool) -> dict[str, Any]:
     """Return the arguments that were given, by the names that :func:`simattn.count` takes."""
-    names = [*(argument.name for argument in _SCALARS), "causal", "window", "tiles"]
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given = _given(arguments, [*(argument.name for argument in _SCALARS), "causal", "window", "tiles"])
     for name, text in arguments.option:
         if name in given:
             raise _WrongArgumentsError(f"--option {name}={text}: {name} is given already")
@@ -256,21 +260,21 @@ def _add_formats(parser: argparse.ArgumentParser, *, csv: bool = True) -> None:
         group.add_argument("--csv", action="store_true", help="print comma-separated values")
 
 
-_SHAPE = {
-    "layers": (_integer, "COUNT", "layers with attention"),
-    "kv_heads": (_integer, "COUNT", "key/value heads of a layer"),
-    "key_dim": (_integer, "COLUMNS", "columns of a key"),
-    "value_dim": (_integer, "COLUMNS", "columns of a value (default: key_dim)"),
-    "dtype": (str, "NAME", "storage format"),
-}
+_SHAPE = (
+    _Argument("layers", _integer, "COUNT", "layers with attention"),
+    _Argument("kv_heads", _integer, "COUNT", "key/value heads of a layer"),
+    _Argument("key_dim", _integer, "COLUMNS", "columns of a key"),
+    _Argument("value_dim", _integer, "COLUMNS", "columns of a value (default: key_dim)"),
+    _Argument("dtype", str, "NAME", "storage format"),
+)
 
 
 def _add_kv_cache(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the KV cache's simulation."""
     shape = parser.add_argument_group("model; each size replaces the model's")
     shape.add_argument("--model", default="OPT-13B", help="LLaMA-13B, OPT-13B or Llama-2-70B (default: %(default)s)")
-    for name, (parse, metavar, text) in _SHAPE.items():
-        shape.add_argument(_flag_name(name), type=parse, metavar=metavar, help=text)
+    for argument in _SHAPE:
+        shape.add_argument(_flag_name(argument.name), type=argument.parse, metavar=argument.metavar, help=argument.help)
     shape.add_argument("--max-tokens", type=_integer, metavar="COUNT", help="longest sequence (default: 2048)")
     pool = parser.add_argument_group("pool and allocators")
     sizes = pool.add_mutually_exclusive_group()
@@ -443,7 +447,7 @@ def _kv_cache(arguments: argparse.Namespace) -> int:
     max_tokens = DEFAULT_MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
     with _wrong_arguments():
         check_choice("model", arguments.model, tuple(MODELS))
-        given = {name: getattr(arguments, name) for name in _SHAPE if getattr(arguments, name) is not None}
+        given = _given(arguments, [argument.name for argument in _SHAPE])
         if "key_dim" in given:
             given.setdefault("value_dim", given["key_dim"])
         shape = dataclasses.replace(MODELS[arguments.model], **given)
@@ -470,8 +474,7 @@ def _workload(arguments: argparse.Namespace, max_tokens: int) -> Any:
     """Return the requests of the trace, or those that the other arguments draw."""
     from simattn.kv_cache import Poisson, generate_workload, parse_lengths, read_trace
 
-    drawn = ("requests", "prompt", "output", "poisson", "samples", "seed")
-    given = {name: getattr(arguments, name) for name in drawn if getattr(arguments, name) is not None}
+    given = _given(arguments, ["requests", "prompt", "output", "poisson", "samples", "seed"])
     if arguments.trace is not None:
         if given:
             raise ValueError(f"--trace gives the requests: expected no {', '.join(map(_flag_name, given))} beside it")
@@ -491,11 +494,7 @@ def _allocators(arguments: argparse.Namespace) -> list[Any]:
     """Return the allocators, those with pages as the arguments say."""
     from simattn.kv_cache import DEFAULT_ALLOCATORS, Paged, get_allocator
 
-    pages = {
-        name: getattr(arguments, name)
-        for name in ("page_tokens", "watermark_pages")
-        if getattr(arguments, name) is not None
-    }
+    pages = _given(arguments, ["page_tokens", "watermark_pages"])
     return [
         dataclasses.replace(allocator, **pages) if isinstance(allocator, Paged) else allocator
         for allocator in map(get_allocator, arguments.allocator or DEFAULT_ALLOCATORS)

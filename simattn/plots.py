@@ -373,6 +373,8 @@ def kv_cache_over_time(run: CacheRun, *, ax: Axes | None = None) -> Axes:
     matplotlib.axes.Axes
         One area per state, in percent of the pool. Between the steps that the run recorded they are joined by lines.
     """
+    from simattn.kv_cache.result import allocator_text
+
     ax = _axes(ax)
     shares = [100 * getattr(run, state) / run.pool_tokens for state in _SLOT_COLOURS]
     ax.stackplot(run.step, shares, labels=list(_SLOT_COLOURS), colors=list(_SLOT_COLOURS.values()), linewidth=0)
@@ -380,7 +382,7 @@ def kv_cache_over_time(run: CacheRun, *, ax: Axes | None = None) -> Axes:
     ax.margins(x=0)
     ax.set_xlabel("step")
     ax.set_ylabel("% of the pool")
-    ax.set_title(f"{run.allocator.name}, {run.pool_tokens:,} tokens", loc="left", fontsize="medium")
+    ax.set_title(f"{allocator_text(run.allocator)}; pool of {run.pool_tokens:,} tokens", loc="left", fontsize="medium")
     _legend_beside(ax, ax.collections)
     return ax
 

@@ -186,8 +186,8 @@ def waste_complement() -> Evidence:
     return Evidence(
         range_tested=f"{RANGE}; the two distributions with long tails",
         counted=f"not used: {stated[0]:.1f}–{stated[1]:.1f} %, the complement of the published 20.4–38.2 %, and "
-        f"counted {min(unused):.1f}…{max(unused):.1f} %. Of it {min(reserved):.1f}…{max(reserved):.1f} points are reserved "
-        "and used later",
+        f"counted {min(unused):.1f}…{max(unused):.1f} %. Of it {min(reserved):.1f}…{max(reserved):.1f} points are "
+        "reserved and used later",
         verdict=HOLDS if all(ends == [60, 80] for ends in rounded) else DOES_NOT_HOLD,
         numbers={
             "stated_percent": stated,

@@ -122,7 +122,7 @@ class Paged:
 
     @property
     def name(self) -> str:
-        """Key in :data:`ALLOCATORS`."""
+        """Key in :data:`ALLOCATORS` of the one with pages of 16 tokens."""
         return "paged" if self.sharing else "paged-unshared"
 
     def shared_pages(self, prompt_tokens: int, samples: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simattn.kv_cache.allocators import Allocator
+from simattn.kv_cache.allocators import Allocator, Paged
 from simattn.kv_cache.checks import Integers
 from simattn.kv_cache.workload import Workload
 from simattn.tables import text_table
@@ -147,6 +147,7 @@ class CacheRun:
         saturated = self.saturated_shares if self.waiting_steps else dict.fromkeys(STATES)
         return {
             "allocator": self.allocator.name,
+            "page_tokens": self.allocator.page_tokens if isinstance(self.allocator, Paged) else None,
             "pool_tokens": self.pool_tokens,
             "requests": len(self.workload),
             "steps": self.steps,
@@ -178,6 +179,11 @@ class CacheRuns(tuple[CacheRun, ...]):
         return runs_text(self)
 
 
+def allocator_text(allocator: Allocator) -> str:
+    """Return an allocator's name, and the size of its pages."""
+    return f"{allocator.name}, pages of {allocator.page_tokens}" if isinstance(allocator, Paged) else allocator.name
+
+
 def runs_text(runs: tuple[CacheRun, ...]) -> str:
     """Return a table with a row for every run: its batches, and its shares of the pool."""
     if not runs:
@@ -194,7 +200,7 @@ def runs_text(runs: tuple[CacheRun, ...]) -> str:
             shares: Mapping[str, Any] = run.saturated_shares if saturated else run.shares
             body.append(
                 (
-                    run.allocator.name,
+                    allocator_text(run.allocator),
                     f"{run.waiting_steps if saturated else run.steps:,}",
                     f"{run.saturated_mean_batch if saturated else run.mean_batch:.2f}",
                     f"{run.peak_batch:,}",
