@@ -284,7 +284,8 @@ def _add_kv_cache(parser: argparse.ArgumentParser) -> None:
         "--allocator",
         type=_axis(str),
         metavar="NAME[,…]",
-        help="reserve, buddy-max, buddy-pow2, buddy-oracle, paged, paged-unshared (default: all but the last)",
+        help="reserve, buddy-max, buddy-pow2, buddy-pow2-uncapped, buddy-oracle, paged, paged-unshared (default: "
+        "reserve,buddy-max,buddy-pow2,buddy-oracle,paged)",
     )
     pool.add_argument("--page-tokens", type=_integer, metavar="COUNT", help="tokens of a page (default: 16)")
     pool.add_argument(

@@ -331,7 +331,7 @@ def workloads(draw, samples=3):
 
 allocators = st.one_of(
     st.just(Reserve()),
-    st.builds(Buddy, st.sampled_from(["max", "pow2", "oracle"])),
+    st.builds(Buddy, st.sampled_from(["max", "pow2", "pow2-uncapped", "oracle"])),
     st.builds(Paged, st.integers(1, 9), st.booleans(), st.integers(0, 3)),
 )
 pools = st.integers(MAX_TOKENS, 4 * MAX_TOKENS)
@@ -406,7 +406,7 @@ def test_what_each_allocator_wastes(workload, allocator, pool_tokens):
         assert (run.external[run.waiting == 0] == pool_tokens % MAX_TOKENS).all()
     if allocator == Buddy("oracle"):
         assert not run.internal.any()
-    if allocator == Buddy("pow2"):
+    if allocator in (Buddy("pow2"), Buddy("pow2-uncapped")):
         # It knows each output to a factor of two, so less than an output is reserved in vain.
         longest = (workload.samples * workload.output_tokens).max()
         assert (run.internal < np.maximum(run.running * longest, 1)).all()
@@ -467,14 +467,29 @@ def test_a_watermark_keeps_pages_free_at_admission():
 
 
 def test_a_chunk_by_what_is_known_of_the_output():
-    # 5 + 11 tokens of at most 32: all known 16, the output known as 16 makes 21, nothing known 32.
+    # 5 + 11 tokens of at most 32. An output known as 16 makes 21.
     workload = Workload([0], [5], [11])
-    for name, reservation, chunk in (("max", 32, 32), ("pow2", 21, 32), ("oracle", 16, 16)):
+    for name, reservation, chunk in (
+        ("max", 32, 32),
+        ("pow2", 21, 32),
+        ("pow2-uncapped", 21, 32),
+        ("oracle", 16, 16),
+    ):
         run = simulate(workload, Buddy(name), pool_tokens=64, max_tokens=32)
         assert (run.used[0], run.reserved[0]) == (6, 10)
         assert run.internal[0] == reservation - 16
         assert run.external[0] == chunk - reservation
         assert run.free[0] == 64 - chunk
+
+
+def test_reservations_are_cut_to_the_maximum_unless_told_otherwise():
+    # 12 + 17 tokens of at most 32: the output known as 32 makes 44.
+    workload = Workload([0], [12], [17])
+    capped, uncapped = (
+        simulate(workload, Buddy(name), pool_tokens=64, max_tokens=32) for name in ("pow2", "pow2-uncapped")
+    )
+    assert (capped.internal[0], capped.external[0], capped.free[0]) == (32 - 29, 0, 32)
+    assert (uncapped.internal[0], uncapped.external[0], uncapped.free[0]) == (44 - 29, 64 - 44, 0)
 
 
 def test_results_are_determined_by_the_seed():
@@ -487,7 +502,7 @@ def test_results_are_determined_by_the_seed():
     for name in ("arrival_step", "prompt_tokens", "output_tokens"):
         assert np.array_equal(getattr(first, name), getattr(again, name))
         assert not np.array_equal(getattr(first, name), getattr(other, name))
-    names = [name for name in ALLOCATORS if not name.startswith("paged-")]
+    names = [name for name in ALLOCATORS if name != "paged-unshared"]
     runs, repeated = (compare_allocators(w, names, pool_tokens=1000, max_tokens=128) for w in (first, again))
     assert [run.row() for run in runs] == [run.row() for run in repeated]
     assert [run.rows() for run in runs] == [run.rows() for run in repeated]

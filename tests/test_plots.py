@@ -173,7 +173,9 @@ def test_bars_take_runs_without_labels(axes):
 
 
 def test_slots_stack_to_the_pool(axes):
-    workload = kv_cache.generate_workload(30, prompt=kv_cache.Constant(9), output=kv_cache.Geometric(20))
+    workload = kv_cache.generate_workload(
+        30, prompt=kv_cache.Constant(9), output=kv_cache.Geometric(20), max_tokens=128
+    )
     run = kv_cache.simulate(workload, kv_cache.Buddy("pow2"), pool_tokens=256, max_tokens=128)
     assert plots.kv_cache_over_time(run, ax=axes) is axes
     assert [area.get_label() for area in axes.collections] == list(kv_cache.STATES)

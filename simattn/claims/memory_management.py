@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import get_args
 
 from simattn.claims.model import DOES_NOT_HOLD, HOLDS, Claim, Evidence, claim
 from simattn.claims.rules import equality_evidence
@@ -39,7 +38,7 @@ LENGTHS: dict[str, tuple[Lengths, Lengths]] = {
 }
 """Distributions of those means; the paper shows that ShareGPT's have long tails, as the last two."""
 
-ORCA: tuple[Reservation, ...] = get_args(Reservation)
+ORCA: tuple[Reservation, ...] = ("max", "pow2", "oracle")
 LONG_TAILS = ("geometric", "lognormal")
 SEEDS = range(4)
 WATERMARK = Paged(watermark_pages=POOL_TOKENS // 16 // 100)
@@ -102,6 +101,7 @@ def reserved_used() -> Evidence:
     """Hold each published share against the range that the assumed lengths span: it must lie within."""
     found = {name: used_percent([Buddy(name)]) for name in ORCA}
     tailed = {name: used_percent([Buddy(name)], LONG_TAILS) for name in ORCA}
+    uncapped = used_percent([Buddy("pow2-uncapped")], LONG_TAILS)
     inside = all(low <= PUBLISHED[name] <= high for name, (low, high) in found.items())
     return Evidence(
         range_tested=RANGE,
@@ -110,9 +110,15 @@ def reserved_used() -> Evidence:
             f"{name} {low:.1f}…{high:.1f}, of it with long tails {tailed[name][0]:.1f}…{tailed[name][1]:.1f}"
             for name, (low, high) in found.items()
         )
-        + ". The distribution of lengths decides",
+        + ". The distribution of lengths decides, and for pow2 whether a reservation is cut to the maximum length: if "
+        f"not, {uncapped[0]:.1f}…{uncapped[1]:.1f} with long tails",
         verdict=HOLDS if inside else DOES_NOT_HOLD,
-        numbers={"used_percent": found, "used_percent_long_tails": tailed, "published_percent": PUBLISHED},
+        numbers={
+            "used_percent": found,
+            "used_percent_long_tails": tailed,
+            "pow2_uncapped_used_percent_long_tails": uncapped,
+            "published_percent": PUBLISHED,
+        },
     )
 
 

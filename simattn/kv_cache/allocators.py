@@ -15,7 +15,7 @@ import numpy as np
 from simattn.kv_cache.checks import Integers, checked_count
 from simattn.plan import check_choice, check_flag
 
-Reservation = Literal["max", "pow2", "oracle"]
+Reservation = Literal["max", "pow2", "pow2-uncapped", "oracle"]
 
 
 def power_of_two(tokens: Integers) -> Integers:
@@ -57,6 +57,7 @@ class Buddy:
         - "max", nothing: the model's maximum length;
         - "pow2", within a factor of two: the prompt and the output length rounded up to a power of two, no more than
           the maximum length;
+        - "pow2-uncapped", the same without that limit;
         - "oracle", exactly: the prompt and the output.
 
         The allocator rounds the reservation up to a power of two, the size of the chunk.
@@ -84,6 +85,8 @@ class Buddy:
         if self.reservation == "pow2":
             capped: Integers = np.minimum(prompt_tokens + power_of_two(output_tokens), max_tokens)
             return capped
+        if self.reservation == "pow2-uncapped":
+            return prompt_tokens + power_of_two(output_tokens)
         return prompt_tokens + output_tokens
 
     def chunks(self, reservations: Integers) -> Integers:
@@ -142,15 +145,13 @@ ALLOCATORS: Mapping[str, Allocator] = MappingProxyType(
         allocator.name: allocator
         for allocator in (
             Reserve(),
-            Buddy("max"),
-            Buddy("pow2"),
-            Buddy("oracle"),
+            *(Buddy(reservation) for reservation in get_args(Reservation)),
             Paged(),
             Paged(sharing=False),
         )
     }
 )
-"""The allocators by name, pages of 16 tokens."""
+"""The allocators by name; pages have 16 tokens."""
 
 DEFAULT_ALLOCATORS = ("reserve", "buddy-max", "buddy-pow2", "buddy-oracle", "paged")
 """Names of those that a comparison takes unless told otherwise."""
