@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import simattn
 from simattn.arithmetic.formats import ITEM_BYTES
+from simattn.claims import memory_management
 from simattn.kv_cache import (
     ALLOCATORS,
     MODELS,
@@ -233,6 +234,15 @@ def test_buddies_split_and_join():
     assert pool.free_chunks == [(0, 16)]
 
 
+def test_a_reserve_pool_hands_out_every_chunk_once():
+    pool = ReservePool(14, 4)
+    assert [pool.allocate(4) for _ in range(4)] == [0, 4, 8, None]
+    pool.release(4)
+    pool.check()
+    assert pool.allocate(4) == 4
+    assert pool.allocate(4) is None
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -296,6 +306,8 @@ def broken_pools():
     shorter._free = [{}, {}, {}, {0: None}, {}]
     yield shorter, "end at slot 8: expected 16"
     reserve = ReservePool(16, 4)
+    reserve.release(reserve.allocate(4))
+    reserve.check()
     reserve._free.pop()
     yield reserve, "lost"
 
@@ -626,6 +638,7 @@ def test_lengths_arrivals_and_samples_may_be_given():
         ({"output": [1.0, 2.0, 3.0]}, TypeError, "output has dtype float64"),
         ({"output": [40, 1, 1]}, ValueError, "request 0 has 44 tokens, prompt and output: expected at most max_token"),
         ({"arrivals": [0, 2, 1]}, ValueError, r"arrival_step\[2\]=1: expected at least 2"),
+        ({"arrivals": Poisson(1e-19)}, ValueError, "expected a rate at which all arrive before"),
         ({"samples": 0}, ValueError, "samples=0"),
         ({"samples": [1]}, ValueError, "samples has 1 values"),
         ({"seed": -1}, ValueError, "seed=-1"),
@@ -646,6 +659,7 @@ def test_workloads_are_checked(changes, error, message):
         (([-1], [1], [1]), ValueError, r"arrival_step\[0\]=-1"),
         (([[0]], [1], [1]), ValueError, r"arrival_step has shape \(1, 1\)"),
         (([0], [1], [0]), ValueError, r"output_tokens\[0\]=0"),
+        (([0, 1 << 62], [1, 1], [1, 1]), ValueError, r"arrival_step\[1\]=4611686018427387904"),
     ],
 )
 def test_columns_are_checked(columns, error, message):
@@ -657,6 +671,7 @@ def test_columns_are_checked(columns, error, message):
     ("make", "message"),
     [
         (lambda: Constant(0), "tokens=0"),
+        (lambda: Constant(10**30), "tokens=1000000000000000000000000000000: expected an integer below"),
         (lambda: Uniform(5, 4), "high=4: expected an integer of at least 5"),
         (lambda: Geometric(1), "mean=1"),
         (lambda: Geometric(math.inf), "mean=inf"),
@@ -705,7 +720,7 @@ def test_traces_are_read_as_written(workload, tmp_path_factory):
 def test_columns_may_come_in_any_order(tmp_path):
     path = tmp_path / "trace.csv"
     path.write_text(
-        "samples, output_tokens,prompt_tokens,arrival_step\r\n2,5,7,0\r\n\r\n 1,6,8,3\r\n", encoding="utf-8"
+        "\ufeffsamples, output_tokens,prompt_tokens,arrival_step\r\n2,5,7,0\r\n\r\n 1,6,8,3\r\n", encoding="utf-8"
     )
     workload = read_trace(path)
     assert workload.samples.tolist() == [2, 1]
@@ -730,6 +745,7 @@ HEADER = "arrival_step,prompt_tokens,output_tokens\n"
         (HEADER + "-1,1,1\n", "line 2: found arrival_step='-1': expected an integer of at least 0"),
         (HEADER + "0,1,1\n0,1,1.5\n", r"line 3: found output_tokens='1\.5'"),
         (HEADER + f"0,{1 << 62},1\n", "line 2: found prompt_tokens="),
+        (HEADER + f"0,{'9' * 5000},1\n", "line 2: found prompt_tokens='999"),
         (HEADER + "5,1,1\n4,1,1\n", "line 3: found arrival_step=4: expected at least 5, as before"),
     ],
 )
@@ -747,6 +763,24 @@ def test_other_files_are_errors(tmp_path):
         read_trace(tmp_path / "binary")
     with pytest.raises(FileNotFoundError):
         read_trace(tmp_path / "missing")
+
+
+# Claims
+
+
+@pytest.mark.parametrize(
+    ("claim", "system", "percent"),
+    [
+        (memory_management.reserved_used, "max", 30.0),
+        (memory_management.reserved_used, "oracle", 30.0),
+        (memory_management.paged_used, "paged", 99.0),
+        (memory_management.waste_complement, "oracle", 50.0),
+    ],
+)
+def test_other_published_shares_would_not_hold(monkeypatch, claim, system, percent):
+    assert claim.check().verdict == "holds"
+    monkeypatch.setitem(memory_management.PUBLISHED, system, percent)
+    assert claim.check().verdict == "does not hold"
 
 
 def test_public_names():

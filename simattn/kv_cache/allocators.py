@@ -140,17 +140,14 @@ class Paged:
 
 Allocator = Reserve | Buddy | Paged
 
-ALLOCATORS: Mapping[str, Allocator] = MappingProxyType(
-    {
-        allocator.name: allocator
-        for allocator in (
-            Reserve(),
-            *(Buddy(reservation) for reservation in get_args(Reservation)),
-            Paged(),
-            Paged(sharing=False),
-        )
-    }
+_EVERY: tuple[Allocator, ...] = (
+    Reserve(),
+    *(Buddy(reservation) for reservation in get_args(Reservation)),
+    Paged(),
+    Paged(sharing=False),
 )
+
+ALLOCATORS: Mapping[str, Allocator] = MappingProxyType({allocator.name: allocator for allocator in _EVERY})
 """The allocators by name; pages have 16 tokens."""
 
 DEFAULT_ALLOCATORS = ("reserve", "buddy-max", "buddy-pow2", "buddy-oracle", "paged")
@@ -203,8 +200,9 @@ class ReservePool:
     def __init__(self, pool_tokens: int, chunk_tokens: int) -> None:
         self.pool_tokens = checked_count("pool_tokens", pool_tokens)
         self.chunk_tokens = checked_count("chunk_tokens", chunk_tokens)
-        self._free = [index * chunk_tokens for index in reversed(range(pool_tokens // chunk_tokens))]
+        self._free: list[int] = []
         self._taken: set[int] = set()
+        self._unused = 0  # first slot of the chunks that were never taken
 
     def allocate(self, tokens: int) -> int | None:
         """Return the first slot of a free chunk, or None if there is none.
@@ -216,9 +214,12 @@ class ReservePool:
         """
         if tokens != self.chunk_tokens:
             raise ValueError(f"tokens={tokens}: expected {self.chunk_tokens}, the size of every chunk")
-        if not self._free:
+        if self._free:
+            start = self._free.pop()
+        elif self._unused + self.chunk_tokens <= self.pool_tokens:
+            start, self._unused = self._unused, self._unused + self.chunk_tokens
+        else:
             return None
-        start = self._free.pop()
         self._taken.add(start)
         return start
 
@@ -237,8 +238,7 @@ class ReservePool:
 
     def check(self) -> None:
         """Raise a RuntimeError unless every chunk is free or taken, and none is both."""
-        every = [index * self.chunk_tokens for index in range(self.pool_tokens // self.chunk_tokens)]
-        if sorted([*self._free, *self._taken]) != every:
+        if sorted([*self._free, *self._taken]) != list(range(0, self._unused, self.chunk_tokens)):
             raise RuntimeError("chunks of the pool are lost, or both free and taken")
 
 

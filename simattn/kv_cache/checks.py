@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+LIMIT = 1 << 62
+"""Counts stay below this, so that the sum of two is an int64."""
+
 Integers = npt.NDArray[np.int64]
 
 
 def checked_count(name: str, value: Any, *, least: int = 1) -> int:
-    """Return an integer of at least ``least``, or raise an error that names the argument."""
+    """Return an integer of at least ``least`` and below :data:`LIMIT`, or raise an error that names the argument."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: expected an integer")
     if value < least:
         raise ValueError(f"{name}={value}: expected an integer of at least {least}")
+    if value >= LIMIT:
+        raise ValueError(f"{name}={value}: expected an integer below 2^62")
     return int(value)
 
 
@@ -36,8 +41,9 @@ def checked_integers(name: str, values: Any, *, least: int) -> Integers:
         raise ValueError(f"{name} has shape {array.shape}: expected one dimension")
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {array.dtype}: expected integers")
+    if array.size and not least <= array.min() <= array.max() < LIMIT:
+        place = array.argmin() if array.min() < least else array.argmax()
+        raise ValueError(f"{name}[{place}]={array[place]}: expected integers of at least {least}, below 2^62")
     array = array.astype(np.int64)
-    if array.size and array.min() < least:
-        raise ValueError(f"{name}[{array.argmin()}]={array.min()}: expected integers of at least {least}")
     array.setflags(write=False)
     return array

@@ -25,7 +25,7 @@ class CacheShape:
     value_dim
         Columns of a value; default ``key_dim``.
     dtype
-        Storage format, a name in :data:`simattn.arithmetic.formats.ITEM_BYTES` or a NumPy type.
+        Storage format: float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, or a NumPy type of that name.
 
     Raises
     ------

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from simattn.kv_cache.checks import Integers, checked_count, checked_integers, checked_number
+from simattn.kv_cache.checks import LIMIT, Integers, checked_count, checked_integers, checked_number
 
 DEFAULT_MAX_TOKENS = 2048
 """Maximum length of a sequence, prompt and output: that of OPT and of LLaMA."""
@@ -113,8 +113,8 @@ class Lognormal:
         """Return ``count`` lengths."""
         variance = math.log1p(self.variation**2)
         lengths = generator.lognormal(math.log(self.mean) - variance / 2, math.sqrt(variance), size=count)
-        # Longer ones are cut to a model's maximum anyway, and 2⁶² still is an integer.
-        return np.clip(np.rint(lengths), 1, 2.0**62).astype(np.int64)
+        # Longer ones are cut to a model's maximum anyway.
+        return np.clip(np.rint(lengths), 1, LIMIT).astype(np.int64)
 
 
 Lengths = Constant | Uniform | Geometric | Lognormal
@@ -241,7 +241,10 @@ def generate_workload(
     prompts = lengths("prompt", prompt, generators[0], max_tokens - 1)
     outputs = lengths("output", output, generators[1], max_tokens - prompts)
     if isinstance(arrivals, Poisson):
-        arrival_steps = np.floor(np.cumsum(generators[2].exponential(1 / arrivals.rate, requests))).astype(np.int64)
+        times = np.cumsum(generators[2].exponential(1 / arrivals.rate, requests))
+        if times[-1] >= LIMIT:
+            raise ValueError(f"arrivals={arrivals}: expected a rate at which all arrive before step 2^62")
+        arrival_steps = np.floor(times).astype(np.int64)
     elif arrivals is None:
         arrival_steps = np.zeros(requests, dtype=np.int64)
     else:
@@ -333,7 +336,7 @@ def read_trace(path: str | os.PathLike[str]) -> Workload:
     known = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS)
     columns: dict[str, list[int]] = {}
     try:
-        with Path(path).open(encoding="utf-8", newline="") as file:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
             reader = csv.reader(file)
             header = [entry.strip() for entry in next(reader, [])]
             if not set(REQUIRED_COLUMNS) <= set(header) <= set(known) or len(set(header)) < len(header):
@@ -359,7 +362,8 @@ def _read_request(columns: dict[str, list[int]], row: Sequence[str], where: str)
     for (column, values), text in zip(columns.items(), row, strict=True):
         least = 0 if column == "arrival_step" else 1
         stripped = text.strip()
-        if not (stripped.isascii() and stripped.isdigit() and least <= int(stripped) < 1 << 62):
+        digits = stripped.isascii() and stripped.isdigit() and len(stripped) < 20
+        if not (digits and least <= int(stripped) < LIMIT):
             raise ValueError(f"{where}: found {column}={text!r}: expected an integer of at least {least}, below 2^62")
         if column == "arrival_step" and values and int(stripped) < values[-1]:
             raise ValueError(f"{where}: found arrival_step={stripped}: expected at least {values[-1]}, as before")
