@@ -336,6 +336,26 @@ class BuddyPool:
             raise RuntimeError("nothing is taken, and the free chunks are not the whole pool")
 
 
+def chunk_pool(allocator: Reserve | Buddy, pool_tokens: int, max_tokens: int) -> tuple[ChunkPool, int]:
+    """Return an empty pool, and how many of its slots are never in a chunk."""
+    if isinstance(allocator, Buddy):
+        return BuddyPool(pool_tokens), 0
+    return ReservePool(pool_tokens, max_tokens), pool_tokens % max_tokens
+
+
+def allocate_chunks(pool: ChunkPool, tokens: int, count: int) -> list[int] | None:
+    """Return the first slots of ``count`` chunks; None, and the pool as it was, if there are not as many."""
+    starts: list[int] = []
+    while len(starts) < count:
+        start = pool.allocate(tokens)
+        if start is None:
+            for taken in starts:
+                pool.release(taken)
+            return None
+        starts.append(start)
+    return starts
+
+
 class OutOfPagesError(RuntimeError):
     """The pool has fewer free pages than a sequence needs; nothing was changed."""
 
