@@ -358,8 +358,7 @@ def try_simulate(workload, allocator, pool_tokens, **options):
     assume(False)
 
 
-@given(workload=workloads(), allocator=allocators, pool_tokens=pools)
-def test_events_and_steps_agree(workload, allocator, pool_tokens):
+def assert_events_are_the_steps(workload, allocator, pool_tokens):
     walked = try_simulate(workload, allocator, pool_tokens, every_step=True)
     run = try_simulate(workload, allocator, pool_tokens)
     places = np.searchsorted(walked.step, run.step)
@@ -378,6 +377,20 @@ def test_events_and_steps_agree(workload, allocator, pool_tokens):
     latest = np.searchsorted(run.step, walked.step, side="right") - 1
     grown = run.used[latest] + run.sequences[latest] * (walked.step - run.step[latest])
     assert np.array_equal(grown, walked.used)
+    return run
+
+
+@given(workload=workloads(), allocator=allocators, pool_tokens=pools)
+def test_events_and_steps_agree(workload, allocator, pool_tokens):
+    assert_events_are_the_steps(workload, allocator, pool_tokens)
+
+
+@given(workload=workloads(), page_tokens=st.integers(1, 9), sharing=st.booleans(), spare=st.integers(0, 12))
+def test_events_and_steps_agree_in_tight_pools(workload, page_tokens, sharing, spare):
+    allocator = Paged(page_tokens, sharing)
+    requests = zip(workload.prompt_tokens, workload.output_tokens, workload.samples, strict=True)
+    largest = max(allocator.request_pages(*map(int, lengths)) for lengths in requests)
+    assert_events_are_the_steps(workload, allocator, largest * page_tokens + spare)
 
 
 @given(workload=workloads(), allocator=allocators, pool_tokens=pools)
@@ -461,6 +474,7 @@ def test_a_preempted_request_resumes_with_what_it_had():
     # Two requests of 4 + 5 tokens in 4 pages of 4: in step 4 both would enter a third page.
     workload = Workload([0, 0], [4, 4], [5, 5])
     run = simulate(workload, Paged(page_tokens=4), pool_tokens=16, max_tokens=16, every_step=True)
+    assert_events_are_the_steps(workload, Paged(page_tokens=4), 16)
     assert run.start_step.tolist() == [0, 0]
     assert run.preemptions == 1
     assert run.running.tolist() == [2, 2, 2, 2, 1, 1]
