@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simattn import plots, report, testing
+    from simattn import kv_cache, plots, report, testing
     from simattn.algorithms import ALGORITHMS
     from simattn.api import Run, closed_form, count, default_plan, profile, run, run_backward
     from simattn.claims import claims
@@ -36,6 +36,7 @@ __all__ = [
     "closed_form",
     "count",
     "default_plan",
+    "kv_cache",
     "plots",
     "profile",
     "report",
@@ -58,7 +59,7 @@ _MODULE_OF = {
     "claims": "claims",
     "sweep": "sweep",
 }
-_MODULES = ("plots", "report", "testing")
+_MODULES = ("kv_cache", "plots", "report", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``simattn report``, ``claims``, ``count``, ``layer``, ``sweep`` and ``hardware``.
+"""The command line: ``simattn report``, ``claims``, ``count``, ``layer``, ``sweep``, ``kv-cache``, ``hardware``.
 
 Data goes to standard output and progress to standard error, the latter only when that is a terminal. The exit
 code is 0, 1 when a claim that should hold does not or a count contradicts its closed form, 2 for a mistake in the
@@ -262,6 +262,11 @@ def _flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of these names that were given."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
 def _problem(arguments: argparse.Namespace, *, axes: bool) -> dict[str, Any]:
     """Return the arguments that were given, by the names that :func:`simattn.count` takes."""
     names = [*(argument.name for argument in _SCALARS), "causal", "window", "tiles"]
@@ -274,10 +279,6 @@ def _problem(arguments: argparse.Namespace, *, axes: bool) -> dict[str, Any]:
     if "q_len" not in given:
         raise _WrongArgumentsError("--q-len is missing: expected the rows of the queries")
     return given
-
-
-def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def _add_plan_options(given: dict[str, Any], options: Sequence[tuple[str, str]], parse: Callable[[str], Any]) -> None:
@@ -306,6 +307,52 @@ def _add_formats(parser: argparse.ArgumentParser, *, csv: bool = True) -> None:
 def _add_closed_form(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--closed-form", action="store_true", help="evaluate the formula instead; it has no SRAM traffic"
+    )
+
+
+_SHAPE = (
+    _Argument("layers", _integer, "COUNT", "layers with attention"),
+    _Argument("kv_heads", _integer, "COUNT", "key/value heads of a layer"),
+    _Argument("key_dim", _integer, "COLUMNS", "columns of a key"),
+    _Argument("value_dim", _integer, "COLUMNS", "columns of a value (default: key_dim)"),
+    _Argument("dtype", str, "NAME", "storage format"),
+)
+
+
+def _add_kv_cache(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the KV cache's simulation."""
+    shape = parser.add_argument_group("model; each size replaces the model's")
+    shape.add_argument("--model", default="OPT-13B", help="LLaMA-13B, OPT-13B or Llama-2-70B (default: %(default)s)")
+    for argument in _SHAPE:
+        shape.add_argument(_flag_name(argument.name), type=argument.parse, metavar=argument.metavar, help=argument.help)
+    shape.add_argument("--max-tokens", type=_integer, metavar="COUNT", help="longest sequence (default: 2048)")
+    pool = parser.add_argument_group("pool and allocators")
+    sizes = pool.add_mutually_exclusive_group()
+    sizes.add_argument("--pool-bytes", type=_integer, metavar="BYTES", help="size of the pool (default: 12G)")
+    sizes.add_argument("--pool-tokens", type=_integer, metavar="COUNT", help="the same in tokens")
+    pool.add_argument(
+        "--allocator",
+        type=_axis(str),
+        metavar="NAME[,…]",
+        help="reserve, buddy-max, buddy-pow2, buddy-pow2-uncapped, buddy-oracle, paged, paged-unshared (default: "
+        "reserve,buddy-max,buddy-pow2,buddy-oracle,paged)",
+    )
+    pool.add_argument("--page-tokens", type=_integer, metavar="COUNT", help="tokens of a page (default: 16)")
+    pool.add_argument(
+        "--watermark-pages", type=_integer, metavar="COUNT", help="pages kept free at admissions (default: 0)"
+    )
+    requests = parser.add_argument_group("requests, drawn or from a trace")
+    requests.add_argument("--requests", type=_integer, metavar="COUNT", help="how many are drawn (default: 2000)")
+    lengths = "constant:TOKENS, uniform:LOW,HIGH, geometric:MEAN or lognormal:MEAN[,VARIATION]"
+    requests.add_argument("--prompt", metavar="LENGTHS", help=f"{lengths} (default: geometric:161)")
+    requests.add_argument("--output", metavar="LENGTHS", help="the same for outputs (default: geometric:338)")
+    requests.add_argument(
+        "--poisson", type=_number, metavar="RATE", help="arrivals a step (default: all arrive in step 0)"
+    )
+    requests.add_argument("--samples", type=_integer, metavar="COUNT", help="samples of each request (default: 1)")
+    requests.add_argument("--seed", type=_integer, metavar="NUMBER", help="seed of the drawn requests (default: 0)")
+    requests.add_argument(
+        "--trace", metavar="FILE.csv", help="columns arrival_step, prompt_tokens, output_tokens, optionally samples"
     )
 
 
@@ -355,6 +402,9 @@ def _parser() -> argparse.ArgumentParser:
         help="stop at a point that cannot be counted, or keep its message",
     )
     _add_formats(sweep)
+    kv_cache = add("kv-cache", _kv_cache, "serve requests from a KV cache, and print how much of it is used", _NUMBERS)
+    _add_kv_cache(kv_cache)
+    _add_formats(kv_cache)
     hardware = add("hardware", _hardware, "print every figure of every GPU with its source")
     hardware.add_argument("name", nargs="*", metavar="GPU", help="default: all")
     _add_formats(hardware)
@@ -479,6 +529,68 @@ def _sweep(arguments: argparse.Namespace) -> int:
         rows = sweep(arguments.algorithm, output=arguments.output, executor=executor, errors=arguments.errors, **given)
     _print_rows(arguments, rows, lambda: repr(rows))
     return OK
+
+
+def _kv_cache(arguments: argparse.Namespace) -> int:
+    from simattn.kv_cache import DEFAULT_MAX_TOKENS, MODELS, compare_allocators
+    from simattn.plan import check_choice
+    from simattn.tables import byte_text, json_text
+
+    max_tokens = DEFAULT_MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
+    with _wrong_arguments():
+        check_choice("model", arguments.model, tuple(MODELS))
+        given = _given(arguments, [argument.name for argument in _SHAPE])
+        if "key_dim" in given:
+            given.setdefault("value_dim", given["key_dim"])
+        shape = dataclasses.replace(MODELS[arguments.model], **given)
+        pool_tokens = arguments.pool_tokens
+        if pool_tokens is None:
+            pool_tokens = shape.tokens_in(12 << 30 if arguments.pool_bytes is None else arguments.pool_bytes)
+        workload = _workload(arguments, max_tokens)
+        runs = compare_allocators(workload, _allocators(arguments), pool_tokens=pool_tokens, max_tokens=max_tokens)
+    rows = [run.row() for run in runs]
+    if arguments.json:
+        described = {**dataclasses.asdict(shape), "bytes_per_token": shape.bytes_per_token, "max_tokens": max_tokens}
+        print(json_text({"shape": described, "pool_tokens": pool_tokens, "runs": rows}))
+    else:
+        size = (
+            f"{shape.layers} layers × {shape.kv_heads} KV heads × ({shape.key_dim} + {shape.value_dim}) columns in "
+            f"{shape.dtype}: {shape.bytes_per_token:,} bytes a token, "
+            f"{byte_text(shape.bytes(length=max_tokens))} a sequence of {max_tokens:,}"
+        )
+        _print_rows(arguments, rows, lambda: f"{size}\n{runs!r}")
+    return OK
+
+
+def _workload(arguments: argparse.Namespace, max_tokens: int) -> Any:
+    """Return the requests of the trace, or those that the other arguments draw."""
+    from simattn.kv_cache import Poisson, generate_workload, parse_lengths, read_trace
+
+    given = _given(arguments, ["requests", "prompt", "output", "poisson", "samples", "seed"])
+    if arguments.trace is not None:
+        if given:
+            raise ValueError(f"--trace gives the requests: expected no {', '.join(map(_flag_name, given))} beside it")
+        return read_trace(arguments.trace)
+    return generate_workload(
+        given.get("requests", 2000),
+        prompt=parse_lengths(given.get("prompt", "geometric:161")),
+        output=parse_lengths(given.get("output", "geometric:338")),
+        arrivals=Poisson(given["poisson"]) if "poisson" in given else None,
+        samples=given.get("samples", 1),
+        max_tokens=max_tokens,
+        seed=given.get("seed", 0),
+    )
+
+
+def _allocators(arguments: argparse.Namespace) -> list[Any]:
+    """Return the allocators, those with pages as the arguments say."""
+    from simattn.kv_cache import DEFAULT_ALLOCATORS, Paged, get_allocator
+
+    pages = _given(arguments, ["page_tokens", "watermark_pages"])
+    return [
+        dataclasses.replace(allocator, **pages) if isinstance(allocator, Paged) else allocator
+        for allocator in map(get_allocator, arguments.allocator or DEFAULT_ALLOCATORS)
+    ]
 
 
 def _hardware(arguments: argparse.Namespace) -> int:

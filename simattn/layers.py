@@ -32,6 +32,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from simattn.algorithms import get_algorithm
 from simattn.api import Inputs, Run, checked_algorithm, closed_form, profile, run_inputs, run_inputs_backward
 from simattn.arithmetic.floating import ARITHMETICS, FloatArithmetic
 from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype, storage_name
@@ -419,7 +420,7 @@ class AttentionLayer:
             Rows of the context in cross-attention. A decoding step finds its keys and values in the cache, and
             neither projects nor writes them.
         algorithm
-            A name in :data:`simattn.ALGORITHMS`.
+            A name in :data:`simattn.ALGORITHMS` of attention with a softmax.
         plan
             Kind of the attention's plans: "gpu", "fit" or "paper"; see :func:`simattn.profile`.
         hardware
@@ -841,6 +842,8 @@ class _Plans:
         if plan is not None:
             # One object would be the plan of two programs in training.
             check_choice("plan", plan, PLAN_KINDS)
+        if not get_algorithm(algorithm).is_softmax:
+            raise ValueError(f"algorithm={algorithm!r}: expected attention with a softmax in a layer")
         gpu = get_hardware(DEFAULT_HARDWARE if hardware is None else hardware)
         capacity = get_capacity(gpu, sram_bytes)
         place: Place = "registers" if sram_bytes is None else "sram"

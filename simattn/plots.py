@@ -1,4 +1,4 @@
-"""Pictures of counted traffic: against length, against SRAM size, by array, and the roofline.
+"""Pictures of counted traffic: against length, against SRAM size, by array, and the roofline; the KV cache over time.
 
 Every function draws into the Axes it is given, or into a new figure of its own, and returns the Axes. None
 touches pyplot, so no global backend is chosen: save with ``axes.figure.savefig(...)``.
@@ -27,9 +27,12 @@ from simattn.tables import byte_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from simattn.kv_cache import CacheRun
+
 __all__ = [
     "RooflinePoint",
     "algorithm_style",
+    "kv_cache_over_time",
     "roofline",
     "traffic_against_length",
     "traffic_against_sram",
@@ -68,6 +71,13 @@ _ARRAY_COLOURS = {
     "out_accumulator": "#8c8c4f",
     "dk_accumulator": "#7f6000",
     "dv_accumulator": "#a6761d",
+}
+_SLOT_COLOURS = {
+    "used": "#0072b2",
+    "reserved": "#9bd3f2",
+    "internal": "#e69f00",
+    "external": "#d55e00",
+    "free": "#e6e9ec",
 }
 _SPARE_COLOURS = ("#5f6b6d", "#b07aa1", "#86bcb6", "#c49c94", "#4e79a7", "#bab0ac")
 _OTHER_COLOUR = "#b8bec5"
@@ -345,6 +355,35 @@ def traffic_by_array(runs: Iterable[Run] | Mapping[str, Run], *, ax: Axes | None
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("bytes between memory and multiprocessors")
     _legend_beside(ax, ax.containers)
+    return ax
+
+
+def kv_cache_over_time(run: CacheRun, *, ax: Axes | None = None) -> Axes:
+    """Draw the slots of a KV cache's pool against time, stacked by their state.
+
+    Parameters
+    ----------
+    run
+        Result of :func:`simattn.kv_cache.simulate`.
+    ax
+        Where to draw; default a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        One area per state, in percent of the pool. Between the steps that the run recorded they are joined by lines.
+    """
+    from simattn.kv_cache.result import allocator_text
+
+    ax = _axes(ax)
+    shares = [100 * getattr(run, state) / run.pool_tokens for state in _SLOT_COLOURS]
+    ax.stackplot(run.step, shares, labels=list(_SLOT_COLOURS), colors=list(_SLOT_COLOURS.values()), linewidth=0)
+    ax.set_ylim(0, 100)
+    ax.margins(x=0)
+    ax.set_xlabel("step")
+    ax.set_ylabel("% of the pool")
+    ax.set_title(f"{allocator_text(run.allocator)}; pool of {run.pool_tokens:,} tokens", loc="left", fontsize="medium")
+    _legend_beside(ax, ax.collections)
     return ax
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import simattn
-from simattn import cli, report
+from simattn import cli, kv_cache, report
 from simattn.hardware import table
 
 
@@ -301,6 +301,67 @@ def test_sweep_keeps_errors_as_rows(run):
     assert "while counting" in err
 
 
+# kv-cache
+
+
+def expected_runs(allocators=kv_cache.DEFAULT_ALLOCATORS, pool_tokens=15728, max_tokens=2048, **workload):
+    given = {"prompt": kv_cache.Geometric(161), "output": kv_cache.Geometric(338), **workload}
+    made = kv_cache.generate_workload(given.pop("requests", 100), max_tokens=max_tokens, **given)
+    return kv_cache.compare_allocators(made, allocators, pool_tokens=pool_tokens, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        ([], {}),
+        (["--seed", 7, "--samples", 2], {"seed": 7, "samples": 2}),
+        (["--model", "Llama-2-70B", "--pool-bytes", "1G"], {"pool_tokens": (1 << 30) // 327680}),
+        (["--kv-heads", 5, "--key-dim", 192, "--value-dim", 64], {"pool_tokens": (12 << 30) // (40 * 5 * 256 * 2)}),
+        (["--layers", 20, "--key-dim", 64, "--dtype", "float32"], {"pool_tokens": (12 << 30) // (20 * 40 * 128 * 4)}),
+        (["--pool-tokens", "4k", "--max-tokens", 512], {"pool_tokens": 4096, "max_tokens": 512}),
+        (
+            ["--allocator", "reserve,paged", "--page-tokens", 32, "--watermark-pages", 3],
+            {"allocators": ["reserve", kv_cache.Paged(32, watermark_pages=3)]},
+        ),
+        (
+            ["--prompt", "uniform:1,99", "--output", "lognormal:50,0.5", "--poisson", 0.25],
+            {
+                "prompt": kv_cache.Uniform(1, 99),
+                "output": kv_cache.Lognormal(50, 0.5),
+                "arrivals": kv_cache.Poisson(0.25),
+            },
+        ),
+    ],
+)
+def test_kv_cache_passes_its_arguments_on(run, given, arguments):
+    expected = [entry.row() for entry in expected_runs(**arguments)]
+    found = json.loads(printed(run, "kv-cache", "--requests", 100, *given, "--json"))
+    assert found["runs"] == expected
+    assert found["pool_tokens"] == expected[0]["pool_tokens"]
+    rows = csv_rows(printed(run, "kv-cache", "--requests", 100, *given, "--csv"))
+    assert [row["used_share"] for row in rows] == [str(row["used_share"]) for row in expected]
+
+
+def test_kv_cache_prints_sizes_and_tables(run):
+    out = printed(run, "kv-cache", "--requests", 100)
+    assert out.startswith("40 layers × 40 KV heads × (128 + 128) columns in float16: 819,200 bytes a token, 1.68 GB ")
+    assert out.endswith(f"\n{expected_runs()!r}\n")
+
+
+def test_kv_cache_reads_a_trace(run, tmp_path):
+    workload = kv_cache.generate_workload(50, prompt=kv_cache.Constant(9), output=kv_cache.Geometric(5), seed=3)
+    kv_cache.write_trace(workload, tmp_path / "trace.csv")
+    found = json.loads(printed(run, "kv-cache", "--trace", tmp_path / "trace.csv", "--json"))["runs"]
+    assert found == [entry.row() for entry in kv_cache.compare_allocators(workload, pool_tokens=15728)]
+
+
+def test_malformed_trace_is_an_error(run, tmp_path):
+    (tmp_path / "trace.csv").write_text("arrival_step,prompt_tokens,output_tokens\n0,1\n", encoding="utf-8")
+    code, out, err = run("kv-cache", "--trace", tmp_path / "trace.csv")
+    assert (code, out) == (2, "")
+    assert "trace.csv, line 2: found 2 values: expected 3" in err
+
+
 # hardware, claims, report
 
 
@@ -403,6 +464,16 @@ def test_report_json_and_failing_exit_code(run, monkeypatch, tmp_path):
         (["sweep", "flash2", "--q-len", "8", "--causal", "maybe"], "'maybe': expected true or false"),
         (["sweep", "flash2", "--q-len", "8", "--workers", "0"], "max_workers"),
         (["sweep", "flash2", "--q-len", "8", "--output", "/no/such/folder/rows.jsonl"], "/no/such/folder"),
+        (["kv-cache", "--model", "GPT-5"], "model='GPT-5'"),
+        (["kv-cache", "--kv-heads", "0"], "kv_heads=0"),
+        (["kv-cache", "--prompt", "zipf:3"], "'zipf:3': expected constant:TOKENS"),
+        (["kv-cache", "--poisson", "0"], "rate=0"),
+        (["kv-cache", "--allocator", "slab"], "allocator='slab'"),
+        (["kv-cache", "--page-tokens", "0"], "page_tokens=0"),
+        (["kv-cache", "--pool-tokens", "1k"], "request 0 needs 1 × 2048 contiguous token slots"),
+        (["kv-cache", "--pool-tokens", "8", "--pool-bytes", "8"], "not allowed with"),
+        (["kv-cache", "--trace", "no.csv"], "no.csv"),
+        (["kv-cache", "--trace", "no.csv", "--seed", "1"], "expected no --seed beside it"),
         (["hardware", "H900"], "hardware='H900'"),
         (["report", "--hardware", "H900"], "hardware='H900'"),
     ],
@@ -460,7 +531,9 @@ def test_interruption_has_its_own_code(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["report"], ["claims"], ["count"], ["layer"], ["sweep"], ["hardware"]], ids=" ".join
+    "command",
+    [[], ["report"], ["claims"], ["count"], ["layer"], ["sweep"], ["kv-cache"], ["hardware"]],
+    ids=" ".join,
 )
 def test_help_is_printed(run, command):
     out = printed(run, *command, "--help")

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import simattn
-from simattn import plots
+from simattn import kv_cache, plots
 from simattn.bounds import compulsory_traffic
 from simattn.roofline import ridge_point
 
@@ -169,6 +170,22 @@ def test_bars_take_runs_without_labels(axes):
     run = simattn.profile("flash2", q_len=1024)
     plots.traffic_by_array([run], ax=axes)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["flash2 forward"]
+
+
+def test_slots_stack_to_the_pool(axes):
+    workload = kv_cache.generate_workload(
+        30, prompt=kv_cache.Constant(9), output=kv_cache.Geometric(20), max_tokens=128
+    )
+    run = kv_cache.simulate(workload, kv_cache.Buddy("pow2"), pool_tokens=256, max_tokens=128)
+    assert plots.kv_cache_over_time(run, ax=axes) is axes
+    assert [area.get_label() for area in axes.collections] == list(kv_cache.STATES)
+    base = np.zeros(len(run.step))
+    for state, area in zip(kv_cache.STATES, axes.collections, strict=True):
+        base = base + 100 * getattr(run, state) / run.pool_tokens
+        corners = {(x, round(y, 9)) for x, y in area.get_paths()[0].vertices}
+        assert {(x, round(y, 9)) for x, y in zip(run.step.tolist(), base.tolist(), strict=True)} <= corners
+    assert base == pytest.approx(np.full(len(run.step), 100.0))
+    FigureCanvasAgg(axes.figure).draw()
 
 
 def test_colours_belong_to_the_algorithm(axes):

@@ -24,6 +24,7 @@ BARS = {
     "first_count_milliseconds_over_numpy": "",
     "report_seconds_from_a_cold_start": "≤ 60",
     "hopper_giga_multiply_adds_per_second": "≥ 1.1",
+    "kv_cache_seconds_for_100000_requests": "≤ 5",
 }
 MEANINGS = {
     "flash2_over_numpy": '`run("flash2")`, N = 4096, d = 128, one head, float32, over in-place NumPy softmax(QKᵀ)V',
@@ -39,6 +40,7 @@ MEANINGS = {
     "report_seconds_from_a_cold_start": "`simattn report`; s",
     "hopper_giga_multiply_adds_per_second": '`run("flash3", arithmetic="hopper")`, N = 4096, d = 128, one head, bf16; '
     "G multiply-adds of its products a second",
+    "kv_cache_seconds_for_100000_requests": "slowest of the [KV cache](kv_cache.md)'s allocators, 100 000 requests; s",
 }
 
 
@@ -67,6 +69,9 @@ def measured(benchmarks: dict[str, Any]) -> dict[str, float]:
         "report_seconds_from_a_cold_start": median("test_report_from_a_cold_start"),
         "hopper_giga_multiply_adds_per_second": 1e-9
         * benchmarks["test_hopper_arithmetic_simulates_fast[bfloat16]"]["extra_info"]["multiply_adds_per_second"],
+        "kv_cache_seconds_for_100000_requests": max(
+            median(name) for name in benchmarks if name.startswith("test_the_kv_cache_serves_many_requests[")
+        ),
     }
 
 

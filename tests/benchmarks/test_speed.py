@@ -18,11 +18,15 @@ import numpy as np
 import pytest
 
 import simattn
+from simattn import kv_cache
 from simattn.arithmetic.formats import numpy_dtype
 
 COUNT_BAR_SECONDS = 0.020
 HOPPER_BAR = 1.1e9
 """Multiplications and additions a second of tensor-core arithmetic, on two cores."""
+
+KV_CACHE_REQUESTS = 100_000
+KV_CACHE_BAR_SECONDS = 5.0
 
 LENGTHS = (1 << 20, 10**12)
 MASKS: dict[str, dict[str, Any]] = {
@@ -157,6 +161,17 @@ def test_flash2_simulates_in_linear_memory(benchmark: Any) -> None:
     outputs = (long - short) * (64 + 1) * 4
     assert measured[long] - measured[short] <= 2 * outputs
     assert measured[long] < long * long * 4 / 16
+
+
+@pytest.mark.parametrize("allocator", ["reserve", "buddy-pow2", "buddy-oracle", "paged"])
+def test_the_kv_cache_serves_many_requests(benchmark: Any, allocator: str) -> None:
+    lengths = {"prompt": kv_cache.Geometric(161), "output": kv_cache.Geometric(338)}
+    workload = kv_cache.generate_workload(KV_CACHE_REQUESTS, **lengths)
+    pool_tokens = kv_cache.MODELS["OPT-13B"].tokens_in(12 << 30)
+    benchmark.pedantic(
+        kv_cache.simulate, args=(workload, allocator), kwargs={"pool_tokens": pool_tokens}, rounds=3, warmup_rounds=1
+    )
+    assert benchmark.stats.stats.min <= KV_CACHE_BAR_SECONDS
 
 
 def test_import_costs_little_more_than_numpy(benchmark: Any) -> None:
