@@ -384,6 +384,8 @@ def run_backward(
 
         - of flash2, flash3 and online_softmax in one pass: ``out``, shape (batch, q_len, heads, value_dim), and the
           natural log-sum-exp ``lse``, shape (batch, heads, q_len);
+        - of linear, where outputs are divided: ``out`` and what it was divided by, ``totals``, shape (batch, heads,
+          q_len); nothing of lightning2;
         - of flash1: ``out``, and ``row_max`` and ``row_sum``, shape (batch, heads, q_len). In "simt" the row maximum
           is in units of log₂: that of log₂e times the scores;
         - of standard: ``probabilities``, shape (batch, heads, q_len, kv_len).

@@ -268,6 +268,7 @@ def forward(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> No
     """Each thread block keeps the state of a query head on chip and streams its rows past it."""
     k, v = copied_out(machine, plan)
     declare_saved(machine, problem, plan)
+    results = machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="output")
     tiles, place = plan.tiles, plan.accumulators
     for _ in machine.thread_blocks(width=problem.head_dim * problem.value_dim):
         state = State.empty(machine, problem, place)
@@ -294,7 +295,7 @@ def forward(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> No
                     machine.update_row_sum(totals, weights)
                 machine.normalise(out, totals)
                 machine.store(totals, machine.arrays["totals"], rows)
-            machine.store(out, machine.arrays["out"], rows)
+            machine.store(out, results, rows)
             if keys is not None and values is not None:
                 state.take(machine, problem, keys, values)
 
@@ -431,9 +432,9 @@ def key_gradients(
 
 
 def declare_saved(machine: Machine, problem: RecurrentProblem, plan: Plan) -> None:
-    """Declare the output, and what it was divided by."""
-    machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="saved")
+    """Declare what the backward pass takes of the forward pass: where outputs are divided, these and by what."""
     if problem.divides:
+        machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="saved")
         machine.array("totals", problem.q_len, 1, role="saved")
 
 

@@ -298,6 +298,28 @@ def test_a_feature_map_of_your_own():
         np.testing.assert_allclose(getattr(gradients, key), expected[key], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("arithmetic", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("name", "arguments", "names"),
+    [("linear", {}, {"out", "totals"}), ("linear", {"normalised": False}, set()), ("lightning2", {}, set())],
+    ids=str,
+)
+def test_the_backward_pass_takes_what_the_forward_pass_saved(name, arguments, names, arithmetic):
+    generator = np.random.default_rng(0)
+    q, k, v, dout = (generator.standard_normal((1, 9, 2, 4)).astype(np.float32) for _ in range(4))
+    options = {"causal": True, "arithmetic": arithmetic, **arguments}
+    saved = simattn.run(name, q, k, v, **options).saved
+    assert set(saved) == names
+    given_saved, found = (simattn.run_backward(name, q, k, v, dout, saved=left, **options) for left in (saved, None))
+    assert given_saved.traffic == found.traffic
+    for key in ("dq", "dk", "dv"):
+        assert_same_bits(getattr(given_saved, key), getattr(found, key), name=key)
+    if saved:
+        zeros = {key: np.zeros_like(array) for key, array in saved.items()}
+        other = simattn.run_backward(name, q, k, v, dout, saved=zeros, **options)
+        assert all((getattr(other, key) != getattr(found, key)).any() for key in ("dq", "dk", "dv"))
+
+
 # 5. Slopes
 
 

@@ -701,12 +701,14 @@ def roundings(run: simattn.Run) -> int:
 
 
 @pytest.mark.parametrize("arithmetic", ["float32", "float64", "simt"])
-@pytest.mark.parametrize("algorithm", [name for name, entry in ALGORITHMS.items() if "backward" in entry.programs])
+@pytest.mark.parametrize(
+    "algorithm", [name for name, entry in ALGORITHMS.items() if entry.is_softmax and "backward" in entry.programs]
+)
 def test_backward_takes_what_the_forward_pass_saved(algorithm: str, arithmetic: str) -> None:
     if arithmetic == "simt" and (algorithm, "forward") not in EXACT:
         pytest.skip("refused")
     options = {"passes": 1} if algorithm == "online_softmax" else {}
-    inputs = random_inputs(9, 13 if ALGORITHMS[algorithm].is_softmax else 9, "float16")
+    inputs = random_inputs(9, 13, "float16")
     values = {name: inputs[name] for name in "qkv"}
     saved = simattn.run(algorithm, **values, causal=True, arithmetic=arithmetic, **options).saved
     assert saved
