@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from simattn.algorithms import ALGORITHMS
     from simattn.api import Run, closed_form, count, default_plan, profile, run, run_backward
     from simattn.claims import claims
+    from simattn.comparison import ModelShape, compare
     from simattn.hardware import HARDWARE
     from simattn.layers import AttentionLayer
     from simattn.machine import CapacityError, Operations
@@ -27,6 +28,7 @@ __all__ = [
     "AttentionProblem",
     "BlockMask",
     "CapacityError",
+    "ModelShape",
     "Operations",
     "Plan",
     "Run",
@@ -34,6 +36,7 @@ __all__ = [
     "Traffic",
     "claims",
     "closed_form",
+    "compare",
     "count",
     "default_plan",
     "kv_cache",
@@ -49,6 +52,7 @@ __all__ = [
 _MODULE_OF = {
     **dict.fromkeys(["Run", "closed_form", "count", "default_plan", "profile", "run", "run_backward"], "api"),
     **dict.fromkeys(["CapacityError", "Operations"], "machine"),
+    **dict.fromkeys(["ModelShape", "compare"], "comparison"),
     **dict.fromkeys(["Plan", "Tiles"], "plan"),
     **dict.fromkeys(["ArrayTraffic", "Traffic"], "traffic"),
     "ALGORITHMS": "algorithms",

@@ -1,4 +1,4 @@
-"""The command line: ``simattn report``, ``claims``, ``count``, ``layer``, ``sweep``, ``kv-cache``, ``hardware``.
+"""The command line: ``simattn report``, ``claims``, ``count``, ``layer``, ``compare``, ``sweep`` and others.
 
 Data goes to standard output and progress to standard error, the latter only when that is a terminal. The exit
 code is 0, 1 when a claim that should hold does not or a count contradicts its closed form, 2 for a mistake in the
@@ -15,7 +15,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from simattn.comparison import Comparison, Phase
 
 OK, FAILED, WRONG_ARGUMENTS = 0, 1, 2
 INTERRUPTED, CLOSED_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
@@ -356,9 +359,35 @@ def _add_kv_cache(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_MODEL = (
+    _Argument("layers", _integer, "COUNT", "layers with attention (default: 1)"),
+    _Argument("heads", _integer, "COUNT", "query heads"),
+    _Argument("kv_heads", _integer, "COUNT", "key/value heads (default: heads)"),
+    _Argument("head_dim", _integer, "COLUMNS", "columns of queries and keys (default: 128)"),
+    _Argument("value_dim", _integer, "COLUMNS", "columns of values (default: head_dim)"),
+    _Argument("dtype", str, "NAME", "storage format (default: bfloat16)"),
+)
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a comparison."""
+    parser.add_argument("--seq", dest="length", type=_integer, required=True, metavar="TOKENS", help="of a sequence")
+    parser.add_argument("--batch", type=_integer, default=1, metavar="COUNT", help="sequences (default: %(default)s)")
+    parser.add_argument("--hardware", metavar="GPU", help="row of `simattn hardware` (default: H100-SXM)")
+    parser.add_argument("--phase", type=_axis(str), metavar="NAME[,…]", help="prefill, decode (default: both)")
+    parser.add_argument("--algorithm", type=_axis(str), metavar="NAME[,…]", help="what is counted (default: all)")
+    parser.add_argument("--plot", metavar="FILE", help="also draw a picture; its ending says in which format")
+    shape = parser.add_argument_group("model; each size replaces the model's")
+    shape.add_argument("--model", metavar="NAME", help="a published shape; without it --heads is needed")
+    for argument in _MODEL:
+        shape.add_argument(_flag_name(argument.name), type=argument.parse, metavar=argument.metavar, help=argument.help)
+    shape.add_argument("--window", type=_window, metavar="LEFT,RIGHT", help="keys seen left and right of a query")
+
+
 def _parser() -> argparse.ArgumentParser:
     from simattn import __doc__ as description
     from simattn.algorithms import ALGORITHMS
+    from simattn.comparison import MODELS
 
     parser = _Parser(prog="simattn", description=description)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
@@ -402,6 +431,14 @@ def _parser() -> argparse.ArgumentParser:
         help="stop at a point that cannot be counted, or keep its message",
     )
     _add_formats(sweep)
+    compare = add(
+        "compare",
+        _compare,
+        "count every algorithm on one model's attention: bytes, operations and the least time",
+        f"Models: {', '.join(MODELS)}. {algorithms}",
+    )
+    _add_comparison(compare)
+    _add_formats(compare)
     kv_cache = add("kv-cache", _kv_cache, "serve requests from a KV cache, and print how much of it is used", _NUMBERS)
     _add_kv_cache(kv_cache)
     _add_formats(kv_cache)
@@ -529,6 +566,54 @@ def _sweep(arguments: argparse.Namespace) -> int:
         rows = sweep(arguments.algorithm, output=arguments.output, executor=executor, errors=arguments.errors, **given)
     _print_rows(arguments, rows, lambda: repr(rows))
     return OK
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from simattn.comparison import MODELS, PHASES, ModelShape, compare
+    from simattn.plan import check_choice
+
+    given = _given(arguments, [*(argument.name for argument in _MODEL), "window"])
+    if arguments.model is None and "heads" not in given:
+        raise _WrongArgumentsError("--model or --heads is missing: expected the name of a model or a shape")
+    chosen = {"hardware": arguments.hardware, "algorithms": arguments.algorithm, "phases": arguments.phase}
+    with _wrong_arguments():
+        if arguments.model is None:
+            shape = ModelShape(**given)
+        else:
+            check_choice("model", arguments.model, tuple(MODELS))
+            shape = MODELS[arguments.model]
+            if given:
+                # What follows from another size is not the model's any more.
+                unset = {"kv_heads": None} if "heads" in given else {}
+                unset |= {"value_dim": None} if "head_dim" in given else {}
+                shape = dataclasses.replace(shape, name=f"like {shape.name}", **{**unset, **given})
+        compared = compare(
+            arguments.length,
+            shape,
+            batch=arguments.batch,
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+    if arguments.plot is not None:
+        _draw_comparison(compared, [phase for phase in PHASES if phase in (arguments.phase or PHASES)], arguments.plot)
+    _print_rows(arguments, list(compared.as_rows()), lambda: repr(compared))
+    return OK
+
+
+def _draw_comparison(compared: Comparison, phases: Sequence[Phase], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    from simattn import plots
+
+    shown = [phase for phase in phases if any(row.refusal is None for row in compared.of_phase(phase))]
+    with _wrong_arguments():
+        if not shown:
+            raise ValueError(f"--plot {path}: expected an algorithm that was counted, there is none")
+        figure = Figure(figsize=(9.0, 3.6 * len(shown)), layout="constrained")
+        grid = figure.subplots(len(shown), 3, sharey="row", squeeze=False)
+        for phase, axes in zip(shown, grid, strict=True):
+            axes[1].set_title(phase)
+            plots.comparison(compared, phase, axes=list(axes))
+        figure.savefig(path, dpi=150)
 
 
 def _kv_cache(arguments: argparse.Namespace) -> int:

@@ -22,16 +22,18 @@ from simattn.bounds import compulsory_traffic, saha_ye_elements
 from simattn.hardware import Hardware, get_hardware
 from simattn.machine import CapacityError
 from simattn.roofline import ridge_point
-from simattn.tables import byte_text
+from simattn.tables import byte_text, second_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from simattn.comparison import Comparison, Phase
     from simattn.kv_cache import CacheRun
 
 __all__ = [
     "RooflinePoint",
     "algorithm_style",
+    "comparison",
     "kv_cache_over_time",
     "roofline",
     "traffic_against_length",
@@ -356,6 +358,65 @@ def traffic_by_array(runs: Iterable[Run] | Mapping[str, Run], *, ax: Axes | None
     ax.set_xlabel("bytes between memory and multiprocessors")
     _legend_beside(ax, ax.containers)
     return ax
+
+
+def comparison(compared: Comparison, phase: Phase, *, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes, Axes]:
+    """Draw bytes, operations of matrix products and the least time of every algorithm as bars.
+
+    Parameters
+    ----------
+    compared
+        Result of :func:`simattn.compare`.
+    phase
+        "prefill" or "decode".
+    axes
+        Three Axes to draw on; default those of a new figure.
+
+    Returns
+    -------
+    tuple of matplotlib.axes.Axes
+        Of bytes, of operations and of the time, on logarithmic scales; the algorithms with the least time first.
+
+    Raises
+    ------
+    ValueError
+        If nothing was counted in the phase, or there are not three Axes.
+    """
+    from matplotlib.ticker import NullFormatter
+
+    rows = [row for row in compared.of_phase(phase) if row.refusal is None]
+    if not rows:
+        raise ValueError(f"phase={phase!r}: expected an algorithm that was counted")
+    if axes is None:
+        from matplotlib.figure import Figure
+
+        axes = Figure(figsize=(9.0, 1.4 + 0.34 * len(rows)), layout="constrained").subplots(1, 3, sharey=True)
+    panels: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+        ("hbm_bytes", "bytes to and from memory", lambda value: byte_text(round(value))),
+        ("matmul_flops", "FLOPs of matrix products", lambda value: f"{value:.3g}"),
+        ("seconds", "least time, seconds", second_text),
+    )
+    if len(axes) != len(panels):
+        raise ValueError(f"axes has {len(axes)} Axes: expected {len(panels)}")
+    labels = [row.label for row in rows]
+    for ax, (name, title, text) in zip(axes, panels, strict=True):
+        _axes(ax)
+        values = [getattr(row, name) for row in rows]
+        colours = [algorithm_style(row.algorithm)["color"] for row in rows]
+        ax.barh(labels, values, color=colours, edgecolor="white", linewidth=0.6, height=0.72)
+        for position, value in enumerate(values):
+            ax.annotate(
+                text(value), (value, position), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7,
+                color=INK,
+            )  # fmt: skip
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_xlim(min(values) / 3, max(values) * (max(values) / min(values) * 9) ** 0.4)
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
+        ax.set_xlabel(title)
+    axes[0].invert_yaxis()  # shared by all
+    return axes[0], axes[1], axes[2]
 
 
 def kv_cache_over_time(run: CacheRun, *, ax: Axes | None = None) -> Axes:

@@ -26,7 +26,7 @@ from simattn.bounds import compulsory_traffic
 from simattn.hardware import HARDWARE, Hardware, get_hardware, table
 from simattn.plan import Direction
 from simattn.planning import DEFAULT_HARDWARE
-from simattn.roofline import Work, time_bounds
+from simattn.roofline import time_bounds, work_of
 from simattn.tables import byte_text, csv_text, json_text, text_table
 
 if TYPE_CHECKING:
@@ -183,21 +183,6 @@ def _count_row(shape: Shape, algorithm: str, direction: Direction, hardware: Har
         **{f"{role}_bytes": run.hbm_bytes_by_role.get(role, 0) for role in ("input", "output", "saved", "workspace")},
         "equals_closed_form": closed_form(algorithm, **arguments) == traffic.global_only(),
     }
-
-
-def work_of(run: Run) -> Work:
-    """Return what a counted program asks of a GPU; DRAM must move its inputs and outputs once."""
-    traffic, operations = run.traffic, run.operations
-    return Work(
-        hbm_read_bytes=traffic.hbm_read_bytes,
-        hbm_write_bytes=traffic.hbm_write_bytes + traffic.hbm_reduce_bytes,
-        sram_bytes=traffic.sram_bytes,
-        matmul_flops=operations.matmul_flops,
-        vector_flops=operations.vector_flops,
-        exponentials=operations.exponentials,
-        dtype=run.problem.dtype,
-        compulsory_bytes=compulsory_traffic(run.problem, run.direction).hbm_bytes,
-    )
 
 
 def time_rows(counts: Sequence[Row], advance: Callable[[str], None]) -> list[Row]:

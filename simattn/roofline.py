@@ -18,9 +18,13 @@ import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from simattn.bounds import compulsory_traffic
 from simattn.hardware import HARDWARE, MATMUL_DTYPES, Hardware, get_hardware
+
+if TYPE_CHECKING:
+    from simattn.api import Run
 
 ALGORITHMS = ("standard", "flash1", "flash2", "flash3")
 """Algorithms that published times are given for."""
@@ -177,6 +181,21 @@ class TimeBounds:
     def any_plan_limited_by(self) -> str:
         """Resource that sets ``any_plan_seconds``."""
         return _largest(self.by_resource(ANY_PLAN_RESOURCES))
+
+
+def work_of(run: Run) -> Work:
+    """Return what a counted program asks of a GPU; DRAM must move its inputs and outputs once."""
+    traffic, operations = run.traffic, run.operations
+    return Work(
+        hbm_read_bytes=traffic.hbm_read_bytes,
+        hbm_write_bytes=traffic.hbm_write_bytes + traffic.hbm_reduce_bytes,
+        sram_bytes=traffic.sram_bytes,
+        matmul_flops=operations.matmul_flops,
+        vector_flops=operations.vector_flops,
+        exponentials=operations.exponentials,
+        dtype=run.problem.dtype,
+        compulsory_bytes=compulsory_traffic(run.problem, run.direction).hbm_bytes,
+    )
 
 
 def time_bounds(work: Work, hardware: str | Hardware) -> TimeBounds:

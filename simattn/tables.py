@@ -37,6 +37,14 @@ def json_text(data: Any) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False)
 
 
+def second_text(seconds: float) -> str:
+    """Return a time with three digits and a decimal unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= 0.9995 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
 def byte_text(count: int) -> str:
     """Return a byte count with three digits and a decimal unit."""
     value = float(count)

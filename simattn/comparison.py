@@ -1,0 +1,345 @@
+"""Which is cheapest? Every algorithm on a model's attention: bytes, operations, the least time; prefill and decode.
+
+A prefill runs the sequence at once, causally; a decoding step runs one new token on a cache of the sequence, itself
+included. Numbers are those of one attention program, times the layers. The time is a bound: all resources of the GPU at
+their published peaks and overlapped perfectly (:func:`simattn.roofline.time_bounds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+from simattn.algorithms import ALGORITHMS, get_algorithm
+from simattn.api import Run, profile
+from simattn.arithmetic.formats import storage_name
+from simattn.bounds import compulsory_traffic
+from simattn.hardware import Hardware, get_hardware
+from simattn.plan import check_choice
+from simattn.planning import DEFAULT_HARDWARE
+from simattn.problem import Window, checked_integer, checked_window
+from simattn.roofline import time_bounds, work_of
+from simattn.tables import byte_text, second_text, text_table
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The attention of a model.
+
+    Attributes
+    ----------
+    name
+        For print.
+    layers
+        Layers with attention.
+    heads, kv_heads
+        Query heads of a layer, and key/value heads; default as many.
+    head_dim, value_dim
+        Columns of queries and keys, and of values; default as many.
+    dtype
+        Storage format.
+    window
+        Keys seen left and right of a query's position, both ends included, in all layers; None for no limit.
+    source
+        Where the numbers are from.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a number is not an integer of at least 1, the heads do not divide, or the format is unknown.
+    """
+
+    name: str = "custom"
+    layers: int = 1
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int = 128
+    value_dim: int | None = None
+    dtype: str = "bfloat16"
+    window: Window | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for name, default in (("kv_heads", self.heads), ("value_dim", self.head_dim)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name in ("layers", "heads", "kv_heads", "head_dim", "value_dim"):
+            object.__setattr__(self, name, checked_integer(name, getattr(self, name), 1))
+        if self.heads % self._kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        object.__setattr__(self, "dtype", storage_name(self.dtype))
+        object.__setattr__(self, "window", checked_window(self.window))
+
+    @property
+    def _kv_heads(self) -> int:
+        assert self.kv_heads is not None
+        return self.kv_heads
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self._kv_heads
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a count."""
+        names = ("heads", "kv_heads", "head_dim", "value_dim", "dtype", "window")
+        return {name: getattr(self, name) for name in names}
+
+
+MODELS = MappingProxyType(
+    {
+        shape.name: shape
+        for shape in (
+            ModelShape(
+                name="GPT-3-175B", layers=96, heads=96, dtype="float16",
+                source="Brown et al. 2020, arXiv 2005.14165, Table 2.1",
+            ),
+            ModelShape(
+                name="Llama-2-7B", layers=32, heads=32, source="Touvron et al. 2023, arXiv 2307.09288",
+            ),
+            ModelShape(
+                name="Llama-3-8B", layers=32, heads=32, kv_heads=8,
+                source="Dubey et al. 2024, arXiv 2407.21783, Table 3",
+            ),
+            ModelShape(
+                name="Llama-3-70B", layers=80, heads=64, kv_heads=8,
+                source="Dubey et al. 2024, arXiv 2407.21783, Table 3",
+            ),
+            ModelShape(
+                name="Mistral-7B", layers=32, heads=32, kv_heads=8, window=(4095, 0),
+                source="Jiang et al. 2023, arXiv 2310.06825, Table 1",
+            ),
+            ModelShape(
+                name="DeepSeek-V3", layers=61, heads=128, head_dim=192, value_dim=128,
+                source="DeepSeek-AI 2024, arXiv 2412.19437, Section 4.2; keys and values decompressed",
+            ),
+        )
+    }
+)  # fmt: skip
+"""Shapes of published models, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow:
+    """One algorithm in one phase, in all layers.
+
+    Attributes
+    ----------
+    phase, algorithm
+        What ran.
+    variant
+        How its plan differs from the default, or an empty text.
+    refusal
+        Why it was not counted, else None; then all numbers are None.
+    hbm_bytes, times_compulsory
+        Bytes between memory and multiprocessors, and how many times reading inputs and writing outputs once.
+    matmul_flops, exponentials
+        Operations of matrix products, and exponentials.
+    seconds, limited_by
+        Least time, and the resource that sets it.
+    """
+
+    phase: Phase
+    algorithm: str
+    variant: str = ""
+    refusal: str | None = None
+    hbm_bytes: int | None = None
+    times_compulsory: float | None = None
+    matmul_flops: int | None = None
+    exponentials: int | None = None
+    seconds: float | None = None
+    limited_by: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The algorithm and its variant."""
+        return f"{self.algorithm}, {self.variant}" if self.variant else self.algorithm
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What :func:`compare` returns. Its repr has a table for each phase, the least time first.
+
+    Attributes
+    ----------
+    shape, length, batch, hardware
+        What was compared: the model, tokens of a sequence, sequences, and the GPU's name.
+    rows
+        Each algorithm in each phase.
+    """
+
+    shape: ModelShape
+    length: int
+    batch: int
+    hardware: str
+    rows: tuple[ComparisonRow, ...]
+
+    def of_phase(self, phase: Phase) -> list[ComparisonRow]:
+        """Return a phase's rows: those counted, the least time first and then the fewest bytes, then those refused."""
+        return sorted(
+            (row for row in self.rows if row.phase == phase),
+            key=lambda row: (row.seconds is None, row.seconds or 0.0, row.hbm_bytes or 0),
+        )
+
+    def cheapest(
+        self, phase: Phase, by: Literal["hbm_bytes", "matmul_flops", "seconds"] = "hbm_bytes"
+    ) -> ComparisonRow:
+        """Return the row with the least of a number.
+
+        Raises
+        ------
+        ValueError
+            If the phase or the number is unknown, or nothing was counted.
+        """
+        check_choice("phase", phase, PHASES)
+        check_choice("by", by, ("hbm_bytes", "matmul_flops", "seconds"))
+        counted = [row for row in self.rows if row.phase == phase and row.refusal is None]
+        if not counted:
+            raise ValueError(f"phase={phase!r}: expected an algorithm that was counted, every one refuses the shape")
+        return min(counted, key=lambda row: getattr(row, by))
+
+    def as_rows(self) -> Iterator[dict[str, Any]]:
+        """Yield one flat row per algorithm and phase."""
+        for row in self.rows:
+            yield {item.name: getattr(row, item.name) for item in fields(row)}
+
+    def __repr__(self) -> str:
+        shape = self.shape
+        columns = (
+            f"{shape.head_dim}" if shape.head_dim == shape.value_dim else f"{shape.head_dim} and {shape.value_dim}"
+        )
+        window = "" if shape.window is None else f", window {shape.window}"
+        title = (
+            f"{shape.name}: {shape.layers} layers, {shape.heads} query heads on {shape.kv_heads} KV heads of {columns} "
+            f"columns in {shape.dtype}{window}; {self.batch} × {self.length:,} tokens; {self.hardware}"
+        )
+        heads = ["algorithm", "bytes", "× once", "matmul FLOPs", "exponentials", "least time", "limited by"]
+        parts = [title]
+        for phase in dict.fromkeys(row.phase for row in self.rows):
+            body = [_cells(row) for row in self.of_phase(phase) if row.refusal is None]
+            refused = [f"{row.label}: {row.refusal}" for row in self.of_phase(phase) if row.refusal is not None]
+            parts.append("\n".join(["", phase, text_table(heads, body), *refused]))
+        return "\n".join(parts)
+
+
+def _cells(row: ComparisonRow) -> list[str]:
+    assert row.hbm_bytes is not None
+    assert row.seconds is not None
+    return [
+        row.label,
+        byte_text(row.hbm_bytes),
+        f"{row.times_compulsory:.3g}",
+        f"{row.matmul_flops:.3g}",
+        f"{row.exponentials:.3g}",
+        second_text(row.seconds),
+        str(row.limited_by),
+    ]
+
+
+def compare(
+    length: int,
+    model: str | ModelShape,
+    *,
+    batch: int = 1,
+    phases: Iterable[Phase] = PHASES,
+    algorithms: Iterable[str] | None = None,
+    hardware: str | Hardware = DEFAULT_HARDWARE,
+) -> Comparison:
+    """Count every algorithm on a model's attention.
+
+    Parameters
+    ----------
+    length
+        Tokens of a sequence; in decoding those of the cache, the new one included.
+    model
+        A name of ``MODELS``, or a :class:`ModelShape` of your own.
+    batch
+        Sequences.
+    phases
+        "prefill", "decode" or both.
+    algorithms
+        Names in :data:`simattn.ALGORITHMS`; default all.
+    hardware
+        Name or row of a GPU, whose tiles are counted and whose peaks bound the time.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is unknown or out of range. An algorithm that refuses the shape has a row that says why.
+
+    Examples
+    --------
+    >>> found = compare(8192, "Llama-3-8B", algorithms=["standard", "flash2"])
+    >>> found.cheapest("prefill").algorithm
+    'flash2'
+    """
+    length, batch = checked_integer("length", length, 1), checked_integer("batch", batch, 1)
+    if isinstance(model, str):
+        check_choice("model", model, tuple(MODELS))
+        model = MODELS[model]
+    elif not isinstance(model, ModelShape):
+        raise TypeError(f"model is a {type(model).__name__}: expected one of {tuple(MODELS)} or a ModelShape")
+    chosen = [get_algorithm(name).name for name in (ALGORITHMS if algorithms is None else algorithms)]
+    gpu = get_hardware(hardware)
+    rows = []
+    for phase in phases:
+        check_choice("phases", phase, PHASES)
+        for name in chosen:
+            for variant, options in _variants(name, model, phase):
+                rows.append(_row(name, variant, options, model, phase, length, batch, gpu))
+    return Comparison(model, length, batch, gpu.name, tuple(rows))
+
+
+def _variants(algorithm: str, model: ModelShape, phase: Phase) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the default plan, and in decoding the one that packs the query heads of a KV head, if there is one."""
+    yield "", {}
+    names = {item.name for item in fields(ALGORITHMS[algorithm].plan_class)}
+    if phase == "decode" and model.group_size > 1 and "packed_heads" in names:
+        yield "heads packed", {"packed_heads": model.group_size}
+
+
+def _row(
+    algorithm: str,
+    variant: str,
+    options: dict[str, Any],
+    model: ModelShape,
+    phase: Phase,
+    length: int,
+    batch: int,
+    gpu: Hardware,
+) -> ComparisonRow:
+    if phase == "decode" and not ALGORITHMS[algorithm].is_softmax:
+        return ComparisonRow(
+            phase=phase, algorithm=algorithm, variant=variant, refusal="there is no program for a step of its state"
+        )
+    lengths = {"q_len": length, "causal": True} if phase == "prefill" else {"q_len": 1, "kv_len": length}
+    try:
+        run = profile(algorithm, batch=batch, **model.arguments, **lengths, **options, hardware=gpu)
+    except ValueError as error:
+        return ComparisonRow(phase=phase, algorithm=algorithm, variant=variant, refusal=str(error))
+    return _counted(run, variant, model.layers, phase, gpu)
+
+
+def _counted(run: Run, variant: str, layers: int, phase: Phase, gpu: Hardware) -> ComparisonRow:
+    bounds = time_bounds(work_of(run), gpu)
+    return ComparisonRow(
+        phase=phase,
+        algorithm=run.algorithm,
+        variant=variant,
+        hbm_bytes=layers * run.traffic.hbm_bytes,
+        times_compulsory=run.traffic.hbm_bytes / compulsory_traffic(run.problem, run.direction).hbm_bytes,
+        matmul_flops=layers * run.operations.matmul_flops,
+        exponentials=layers * run.operations.exponentials,
+        seconds=layers * bounds.seconds,
+        limited_by=bounds.limited_by,
+    )
