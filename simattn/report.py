@@ -23,6 +23,7 @@ from simattn.algorithms import ALGORITHMS
 from simattn.api import Run, closed_form, profile
 from simattn.arithmetic.formats import FLOAT8
 from simattn.bounds import compulsory_traffic
+from simattn.comparison import compare
 from simattn.hardware import HARDWARE, Hardware, get_hardware, table
 from simattn.plan import Direction
 from simattn.planning import DEFAULT_HARDWARE
@@ -130,6 +131,9 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 
 TIMED_SHAPE = "mha-4k"
 """The shape whose times are printed and that stands under the roof; its format exists on every GPU of the table."""
+
+COMPARED_MODEL, COMPARED_LENGTH = "Llama-3-8B", 1 << 17
+"""Whose attention every algorithm is compared on."""
 
 DRAWN_SHAPE = "gqa-4k"
 """The shape whose traffic is drawn by array."""
@@ -415,6 +419,18 @@ def pictures(hardware: Hardware) -> list[Picture]:
             "Filled markers are forward, hollow ones backward, each at the rate that its own bytes and operations "
             "allow at most. A marker above the HBM roof relies on the L2 cache.",
             lambda: plots.roofline(hardware, _roofline_points(hardware), dtype=SHAPES[TIMED_SHAPE].arguments["dtype"]),
+        ),
+        *(
+            Picture(
+                f"cheapest_{phase}",
+                f"Which is cheapest? {text} ({COMPARED_MODEL}, {COMPARED_LENGTH:,} tokens)",
+                "Every algorithm that takes the shape, in all layers, the least time first. Those without a softmax "
+                "compute something else.",
+                lambda phase=phase: plots.comparison(  # type: ignore[misc]
+                    compare(COMPARED_LENGTH, COMPARED_MODEL, hardware=hardware), phase
+                )[0],
+            )
+            for phase, text in (("prefill", "Prefill"), ("decode", "A decoding step"))
         ),
     ]
 

@@ -28,6 +28,8 @@ PLOTS = {
     "arrays_forward",
     "arrays_backward",
     "roofline",
+    "cheapest_prefill",
+    "cheapest_decode",
 }
 # Elements that end themselves.
 VOID = {"meta", "img", "source", "br", "link"}
