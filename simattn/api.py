@@ -127,7 +127,7 @@ def _request(
     optional = {"kv_heads": kv_heads, "kv_len": kv_len, "value_dim": value_dim, "scale": scale}
     problem_class = get_algorithm(algorithm).problem_class
     own = {item.name for item in fields(problem_class)} - {item.name for item in fields(AttentionProblem)}
-    optional |= {name: options.pop(name) for name in own & set(options)}
+    given = {name: options.pop(name) for name in own & set(options)}
     problem = problem_class(
         batch=batch,
         heads=heads,
@@ -138,6 +138,7 @@ def _request(
         window=window,
         block_mask=block_mask,
         **{name: value for name, value in optional.items() if value is not None},  # type: ignore[arg-type]
+        **given,
     )
     spec = checked_algorithm(algorithm, direction, problem)
     made, capacity = make_plan(

@@ -136,10 +136,19 @@ def _flag(text: str) -> bool:
 
 
 def _plan_value(text: str) -> Any:
-    for parse in (_integer, _flag):
+    for parse in (_integer, _flag, _numbers):
         with contextlib.suppress(argparse.ArgumentTypeError):
             return parse(text)
     return text
+
+
+def _numbers(text: str) -> list[float]:
+    """Return numbers separated by commas, of which there is at least one comma."""
+    parts = text.split(",")
+    if len(parts) > 1:
+        with contextlib.suppress(ValueError):
+            return [float(part) for part in parts]
+    raise argparse.ArgumentTypeError(f"{text!r}: expected numbers separated by commas")
 
 
 def _option(text: str) -> tuple[str, str]:
@@ -658,8 +667,8 @@ def _workload(arguments: argparse.Namespace, max_tokens: int) -> Any:
         return read_trace(arguments.trace)
     return generate_workload(
         given.get("requests", 2000),
-        prompt=parse_lengths(given.get("prompt", "geometric:161")),
-        output=parse_lengths(given.get("output", "geometric:338")),
+        prompt=parse_lengths(given.get("prompt", "geometric:161"), name="--prompt"),
+        output=parse_lengths(given.get("output", "geometric:338"), name="--output"),
         arrivals=Poisson(given["poisson"]) if "poisson" in given else None,
         samples=given.get("samples", 1),
         max_tokens=max_tokens,
@@ -672,9 +681,13 @@ def _allocators(arguments: argparse.Namespace) -> list[Any]:
     from simattn.kv_cache import DEFAULT_ALLOCATORS, Paged, get_allocator
 
     pages = _given(arguments, ["page_tokens", "watermark_pages"])
+    chosen = [get_allocator(name) for name in arguments.allocator or DEFAULT_ALLOCATORS]
+    if pages and not any(isinstance(allocator, Paged) for allocator in chosen):
+        raise ValueError(
+            f"{_flag_name(next(iter(pages)))} without an allocator that has pages: expected paged among them"
+        )
     return [
-        dataclasses.replace(allocator, **pages) if isinstance(allocator, Paged) else allocator
-        for allocator in map(get_allocator, arguments.allocator or DEFAULT_ALLOCATORS)
+        dataclasses.replace(allocator, **pages) if isinstance(allocator, Paged) else allocator for allocator in chosen
     ]
 
 

@@ -164,7 +164,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What :func:`compare` returns. Its repr has a table for each phase, the least time first.
+    """What :func:`simattn.compare` returns. Its repr has a table for each phase, the least time first.
 
     Attributes
     ----------

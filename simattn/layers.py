@@ -11,8 +11,8 @@ fewer heads in k and v than in q.
 What is counted
 ---------------
 - The projections are programs of :mod:`simattn.matrix_products`, the attention is any program of
-  :data:`simattn.ALGORITHMS` with its plan. Each is a kernel of its own: the projections write q, k and v to memory,
-  and attention reads them there. Nothing is fused.
+  :data:`simattn.ALGORITHMS` with a softmax, with its plan. Each is a kernel of its own: the projections write q, k and
+  v to memory, and attention reads them there. Nothing is fused.
 - Nothing is laid out anew in between. A projection of (batch · length) rows and (heads · head_dim) columns writes
   the (batch, length, heads, head_dim) that attention takes.
 - k and v are the KV cache. A projection that writes them appends to it, and attention reads all of it.
@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from simattn.algorithms import get_algorithm
+from simattn.algorithms import ALGORITHMS, get_algorithm
 from simattn.api import Inputs, Run, checked_algorithm, closed_form, profile, run_inputs, run_inputs_backward
 from simattn.arithmetic.floating import ARITHMETICS, FloatArithmetic
 from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype, storage_name
@@ -842,8 +842,16 @@ class _Plans:
         if plan is not None:
             # One object would be the plan of two programs in training.
             check_choice("plan", plan, PLAN_KINDS)
-        if not get_algorithm(algorithm).is_softmax:
-            raise ValueError(f"algorithm={algorithm!r}: expected attention with a softmax in a layer")
+        spec = get_algorithm(algorithm)
+        if not spec.is_softmax:
+            known = [name for name, item in ALGORITHMS.items() if item.is_softmax]
+            raise ValueError(f"algorithm={algorithm!r}: expected attention with a softmax in a layer, one of {known}")
+        for name, value in options.items():
+            if name not in spec.own_arguments:
+                raise TypeError(
+                    f"{name}={value!r}: no argument of a layer and no plan option of {algorithm}; options: "
+                    f"{spec.own_arguments}"
+                )
         gpu = get_hardware(DEFAULT_HARDWARE if hardware is None else hardware)
         capacity = get_capacity(gpu, sram_bytes)
         place: Place = "registers" if sram_bytes is None else "sram"

@@ -943,13 +943,6 @@ class Machine:
         grouped: Values = numbers.reshape(self.problem.kv_heads, self.problem.group_size)[streams]
         return grouped[:, None, :, None, None]
 
-    def column_sum(self, tile: Tile, *, into: Tile) -> None:
-        """Add the sum of each column to a tile of one row."""
-        self._operate(reads=(tile, into), writes=(into,), vector_flops=tile.rows * tile.columns)
-        if self.arithmetic is not None:
-            values = self._read(tile).sum(axis=-2, keepdims=True)
-            self._update(into, lambda present: add_in_place(present, values))
-
     def add(self, tile: Tile, other: Tile) -> None:
         """Add another tile of the same shape, or of one row or one column for all."""
         self._operate(reads=(tile, other), writes=(tile,), vector_flops=tile.rows * tile.columns)

@@ -79,7 +79,10 @@ def make_plan(
     known = {item.name for item in fields(algorithm.plan_class)}
     for name in options:
         if name not in known:
-            raise TypeError(f"{name!r} is no argument and no plan option of {algorithm.name}; options: {sorted(known)}")
+            raise TypeError(
+                f"{name}={options[name]!r}: {name!r} is no argument and no plan option of {algorithm.name}; options: "
+                f"{algorithm.own_arguments}"
+            )
     gpu = get_hardware(DEFAULT_HARDWARE if hardware is None else hardware)
     capacity = get_capacity(gpu, sram_bytes)
     if isinstance(plan, Plan):
@@ -142,8 +145,13 @@ def _choose_tiles(
     if tiles is None:
         raise CapacityError(
             f"sram_bytes={capacity.sram_bytes} ({byte_text(capacity.sram_bytes)}) holds no tile of {algorithm.name} "
-            f"{direction} for head_dim={problem.head_dim}, value_dim={problem.value_dim}, dtype={problem.dtype!r}; "
-            "expected more SRAM or a smaller head dimension"
+            f"{direction} for head_dim={problem.head_dim}, value_dim={problem.value_dim}, dtype={problem.dtype!r}"
+            + (
+                "; "
+                if capacity.register_bytes is None
+                else f" beside {byte_text(capacity.register_bytes)} of registers; "
+            )
+            + "expected more on-chip memory or a smaller head dimension"
         )
     return dividing_tiles(problem, tiles)
 

@@ -329,7 +329,7 @@ class _Grid:
             axes = {name: _axis(name, value) for name, value in given.items()}
             for chosen, _ in axes["algorithm"]:
                 # A misspelled name is a mistake even where infeasible points are rows.
-                options = sorted(field.name for field in dataclasses.fields(get_algorithm(chosen).plan_class))
+                options = get_algorithm(chosen).own_arguments
                 for name in sorted(given.keys() - self._defaults.keys() - set(options)):
                     raise TypeError(
                         f"{name}={reprlib.repr(given[name])}: no argument of {chosen}; "

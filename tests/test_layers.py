@@ -785,7 +785,7 @@ def test_layers_are_checked(changes, error, words):
         ({}, {"sram_bytes": 0}, ValueError, "sram_bytes=0: expected an integer of at least 1"),
         ({}, {"projection_tiles": 64}, TypeError, r"projection_tiles=64: expected \(rows, columns, depth\)"),
         ({}, {"projection_tiles": (64, 0, 8)}, ValueError, r"projection_tiles\.columns=0: expected an integer of at"),
-        ({}, {"tile": (4, 4)}, TypeError, "'tile' is no argument and no plan option"),
+        ({}, {"tile": (4, 4)}, TypeError, r"tile=\(4, 4\): no argument of a layer and no plan option"),
     ],
 )
 def test_counting_refuses(call, layer, arguments, error, words):
@@ -933,3 +933,13 @@ def test_running_backward_refuses_an_algorithm_without_a_backward_pass():
 def test_algorithms_without_a_softmax_are_refused(algorithm):
     with pytest.raises(ValueError, match=rf"algorithm='{algorithm}': expected attention with a softmax"):
         AttentionLayer(model_width=8, heads=2, head_dim=4).profile("prefill", length=4, algorithm=algorithm)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": 7.0}, {"q_len": 5}, {"block_mask": None}, {"causal": True}, {"dq_": "reduce"}], ids=str
+)
+def test_options_that_are_no_plans_are_named(options):
+    (name,) = options
+    layer = AttentionLayer(model_width=8, heads=2, head_dim=4)
+    with pytest.raises(TypeError, match=rf"{name}=.*: no argument of a layer and no plan option of flash2; options: "):
+        layer.profile("prefill", length=4, **options)

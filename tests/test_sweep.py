@@ -95,6 +95,9 @@ def slow_profile(algorithm, **arguments):
     return stub_profile(algorithm, **arguments)
 
 
+OWN_ARGUMENTS = sorted(item.name for item in dataclasses.fields(Plan))
+
+
 def count_with(function, patch):
     """Make sweeps in this process and its forks call a function in place of `simattn.profile`."""
 
@@ -103,7 +106,7 @@ def count_with(function, patch):
         return function(algorithm, **arguments)
 
     patch.setattr(sweep_module, "profile", profile)
-    patch.setattr(sweep_module, "get_algorithm", lambda name: SimpleNamespace(plan_class=Plan))
+    patch.setattr(sweep_module, "get_algorithm", lambda name: SimpleNamespace(own_arguments=OWN_ARGUMENTS))
 
 
 @pytest.fixture

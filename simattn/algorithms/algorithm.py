@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from simattn.hardware import Hardware
@@ -88,6 +88,13 @@ class Algorithm:
     def is_softmax(self) -> bool:
         """Whether its results are those of attention with a softmax, of any mask."""
         return self.problem_class is AttentionProblem
+
+    @property
+    def own_arguments(self) -> list[str]:
+        """Names of the fields that its problems and its plan add to the arguments of a count."""
+        shared = {item.name for item in fields(AttentionProblem)}
+        problem = [item.name for item in fields(self.problem_class) if item.name not in shared]
+        return sorted([*problem, *(item.name for item in fields(self.plan_class))])
 
     @property
     def directions(self) -> tuple[Direction, ...]:

@@ -74,6 +74,8 @@ class Lightning2Problem(linear.RecurrentProblem):
     is_causal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.causal, (bool, np.bool_)):
+            raise TypeError(f"causal={self.causal!r}: expected a bool; lightning2 is causal whatever it is")
         object.__setattr__(self, "causal", True)
         super().__post_init__()
         object.__setattr__(self, "layers", checked_integer("layers", self.layers, 1))
@@ -86,12 +88,10 @@ class Lightning2Problem(linear.RecurrentProblem):
                     f"slopes={self.slopes!r}: expected one of {tuple(CONVENTIONS)} or a slope for each head"
                 )
             return
-        try:
-            slopes = tuple(float(slope) for slope in self.slopes)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"slopes={self.slopes!r}: expected one of {tuple(CONVENTIONS)} or a slope for each head"
-            ) from None
+        given = np.asarray(self.slopes) if isinstance(self.slopes, (list, tuple, np.ndarray)) else None
+        if given is None or given.dtype.kind not in "fiu" or given.ndim != 1:
+            raise TypeError(f"slopes={self.slopes!r}: expected one of {tuple(CONVENTIONS)} or a number for each head")
+        slopes = tuple(map(float, given))
         if len(slopes) != self.heads:
             raise ValueError(f"slopes has {len(slopes)} numbers: expected {self.heads}, one for each query head")
         if not all(math.isfinite(slope) and slope >= 0 for slope in slopes):
@@ -114,7 +114,7 @@ class Lightning2Problem(linear.RecurrentProblem):
 
     def of_one_row(self) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip."""
-        return super(linear.RecurrentProblem, replace(self, slopes="alibi")).of_one_row()
+        return AttentionProblem.of_one_row(replace(self, slopes="alibi"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Place, Tile
 from simattn.masks import Rows
 from simattn.plan import Direction, Plan, Tiles, candidates, check_choice, check_flag
-from simattn.problem import AttentionProblem
+from simattn.problem import AttentionProblem, checked_integer
 from simattn.traffic import Traffic
 
 Values = npt.NDArray[Any]
@@ -37,15 +37,56 @@ class FeatureMap:
     name
         For print.
     function, derivative
-        Of an array of any shape, to one of the same shape and dtype.
+        Of an array of any shape, to one of the same shape.
     exponentials
         Exponentials that an element takes, for counting.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a function cannot be called, or the exponentials are no integer of at least 0.
     """
 
     name: str
     function: Callable[[Values], Values]
     derivative: Callable[[Values], Values]
     exponentials: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name={self.name!r}: expected a text")
+        for name in ("function", "derivative"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"{name}={getattr(self, name)!r}: expected a function of an array")
+        object.__setattr__(self, "exponentials", checked_integer("exponentials", self.exponentials, 0))
+
+    def of(self, x: Values) -> Values:
+        """Return what an array is mapped to.
+
+        Raises
+        ------
+        ValueError
+            If that has another shape.
+        """
+        return self._checked("function", self.function(x), x)
+
+    def slope(self, x: Values) -> Values:
+        """Return the derivative at an array's elements.
+
+        Raises
+        ------
+        ValueError
+            If it has another shape.
+        """
+        return self._checked("derivative", self.derivative(x), x)
+
+    def _checked(self, name: str, result: Any, x: Values) -> Values:
+        if np.shape(result) != x.shape:
+            raise ValueError(
+                f"the {name} of feature map {self.name!r} makes shape {np.shape(result)} of {x.shape}: expected the "
+                "same shape"
+            )
+        return np.asarray(result)
 
 
 def _elu1(x: Values) -> Values:
@@ -65,6 +106,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
         FeatureMap("identity", lambda x: x, np.ones_like),
     )
 }
+IDENTITY = FEATURE_MAPS["identity"]
 """Feature maps by name: elu(x) + 1 (the paper's), max(x, 0), exp(x) and x."""
 
 
@@ -90,7 +132,7 @@ class RecurrentProblem(AttentionProblem):
             raise ValueError(f"dtype={self.dtype!r}: expected float32, float16 or bfloat16")
         if self.causal and self.kv_len != self.q_len:
             raise ValueError(
-                f"kv_len={self.kv_len} with causal=True: expected q_len={self.q_len}, tiles of queries are aligned "
+                f"kv_len={self.kv_len} under a causal mask: expected q_len={self.q_len}, tiles of queries are aligned "
                 "with their keys"
             )
 
@@ -101,7 +143,7 @@ class RecurrentProblem(AttentionProblem):
     @property
     def map(self) -> FeatureMap:
         """What queries and keys are mapped by."""
-        return FEATURE_MAPS["identity"]
+        return IDENTITY
 
     @property
     def divides(self) -> bool:
@@ -131,7 +173,11 @@ class LinearProblem(RecurrentProblem):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.feature_map, FeatureMap):
+        if not isinstance(self.feature_map, (FeatureMap, str)):
+            raise TypeError(
+                f"feature_map={self.feature_map!r}: expected one of {tuple(FEATURE_MAPS)}, or a FeatureMap of your own"
+            )
+        if isinstance(self.feature_map, str):
             check_choice("feature_map", self.feature_map, tuple(FEATURE_MAPS))
         check_flag("normalised", self.normalised)
 
@@ -190,7 +236,8 @@ class State:
         decay(machine, problem, k, rows_after)
         machine.matmul(k, v, place=self.products.place, transpose_a=True, into=self.products)
         if self.key_sum is not None:
-            machine.column_sum(k, into=self.key_sum)
+            decay(machine, problem, self.key_sum, lambda _: k.rows)
+            machine.add_column_sums(self.key_sum, k)
 
 
 @dataclass
@@ -215,6 +262,7 @@ class GradientState:
         place = self.products.place
         machine.matmul(queries, gradient.outputs, place=place, transpose_a=True, into=self.products)
         if self.query_sum is not None and gradient.totals is not None:
+            decay(machine, problem, self.query_sum, lambda _: queries.rows)
             machine.matmul(gradient.totals, queries, place=place, transpose_a=True, into=self.query_sum)
 
 
@@ -246,8 +294,8 @@ def decay(machine: Machine, problem: RecurrentProblem, tile: Tile, exponents: Ca
 
 def mapped(machine: Machine, problem: RecurrentProblem, tile: Tile) -> Tile:
     """Replace queries or keys by what they are mapped to."""
-    if problem.map.name != "identity":
-        machine.apply(tile, problem.map.function, exponentials=problem.map.exponentials)
+    if problem.map is not IDENTITY:
+        machine.apply(tile, problem.map.of, exponentials=problem.map.exponentials)
     return tile
 
 
@@ -378,9 +426,9 @@ def query_gradients(
 
 def multiply_derivative(machine: Machine, problem: RecurrentProblem, tile: Tile, array: Array, rows: Rows) -> None:
     """Multiply a gradient by the feature map's derivative where it was taken."""
-    if problem.map.name != "identity":
+    if problem.map is not IDENTITY:
         at = machine.load(array, rows)
-        machine.apply(at, problem.map.derivative, exponentials=problem.map.exponentials)
+        machine.apply(at, problem.map.slope, exponentials=problem.map.exponentials)
         machine.multiply(tile, at)
 
 
@@ -462,23 +510,36 @@ def reference(
         ``out`` and, with ``dout``, ``dq``, ``dk`` and ``dv``, shaped like the inputs.
     """
     q, k, v = (_by_head(problem, inputs[name]) for name in "qkv")
-    seen = _decayed_mask(problem).astype(q.dtype)
-    queries, keys = problem.map.function(q), problem.map.function(k)
-    weights = rounded(queries @ keys.swapaxes(-1, -2)) * seen
-    totals = weights.sum(axis=-1, keepdims=True) if problem.divides else np.ones((*weights.shape[:-1], 1), q.dtype)
-    inverse = np.where(totals == 0, 0, 1 / np.where(totals == 0, 1, totals)).astype(q.dtype)
-    out = rounded(inverse * (weights @ v))
-    results = {"out": np.moveaxis(out, 1, 2)}
-    if "dout" in inputs:
-        dout = inverse * _by_head(problem, inputs["dout"])
-        dtotals = -(dout * out).sum(axis=-1, keepdims=True) if problem.divides else 0
-        dweights = rounded(dout @ v.swapaxes(-1, -2) + dtotals) * seen
-        results["dq"] = np.moveaxis(dweights @ keys * problem.map.derivative(q), 1, 2)
-        dk = dweights.swapaxes(-1, -2) @ queries * problem.map.derivative(k)
-        for name, gradient in (("dk", dk), ("dv", weights.swapaxes(-1, -2) @ dout)):
-            grouped = gradient.reshape(problem.batch, problem.kv_heads, problem.group_size, *gradient.shape[2:])
-            results[name] = np.moveaxis(grouped.sum(axis=2), 1, 2)
+    left = _decayed_mask(problem).astype(q.dtype)
+    seen = np.broadcast_to(problem.visible_elements(), left.shape)
+    queries, keys = problem.map.of(q), problem.map.of(k)
+    with np.errstate(all="ignore"):  # NaN and Inf are propagated as IEEE says, not reported
+        weights = np.where(seen, rounded(queries @ keys.swapaxes(-1, -2)) * left, 0).astype(q.dtype)
+        totals = weights.sum(axis=-1, keepdims=True) if problem.divides else np.ones((*weights.shape[:-1], 1), q.dtype)
+        inverse = np.where(totals == 0, 0, 1 / np.where(totals == 0, 1, totals)).astype(q.dtype)
+        out = rounded(inverse * _seen_product(weights, v, seen[0]))
+        results = {"out": np.moveaxis(out, 1, 2)}
+        if "dout" in inputs:
+            dout = inverse * _by_head(problem, inputs["dout"])
+            dtotals = -(dout * out).sum(axis=-1, keepdims=True) if problem.divides else 0
+            dweights = np.where(seen, rounded(dout @ v.swapaxes(-1, -2) + dtotals) * left, 0).astype(q.dtype)
+            dq = _seen_product(dweights, keys, seen[0]) * problem.map.slope(q)
+            results["dq"] = np.moveaxis(dq, 1, 2)
+            dk = _seen_product(dweights.swapaxes(-1, -2), queries, seen[0].T) * problem.map.slope(k)
+            for name, gradient in (("dk", dk), ("dv", _seen_product(weights.swapaxes(-1, -2), dout, seen[0].T))):
+                grouped = gradient.reshape(problem.batch, problem.kv_heads, problem.group_size, *gradient.shape[2:])
+                results[name] = np.moveaxis(grouped.sum(axis=2), 1, 2)
     return results
+
+
+def _seen_product(weights: Values, values: Values, seen: npt.NDArray[np.bool_]) -> Values:
+    """Return weights @ values, where what a row does not see adds nothing, whatever it holds."""
+    if np.isfinite(values).all():
+        return weights @ values
+    product = np.zeros((*weights.shape[:-1], values.shape[-1]), dtype=values.dtype)
+    for row, columns in enumerate(seen):
+        product[..., row, :] = (weights[..., row, :][..., None, columns] @ values[..., columns, :])[..., 0, :]
+    return product
 
 
 def _by_head(problem: RecurrentProblem, array: Values) -> Values:
@@ -517,7 +578,7 @@ def closed_form_forward(problem: RecurrentProblem, plan: LinearPlan) -> Traffic:
 def closed_form_backward(problem: RecurrentProblem, plan: LinearPlan) -> Traffic:
     """Two sweeps over all rows; the derivative of a feature map takes what it is taken of once more."""
     k, v = forms.key_names(plan)
-    maps = problem.map.name != "identity"
+    maps = problem.map is not IDENTITY
     queries = forms.matrix_bytes(problem, problem.q_len, problem.head_dim)
     keys = forms.matrix_bytes(problem, problem.kv_len, problem.head_dim)
     main = {

@@ -28,7 +28,7 @@ def _runs(algorithm: str, length: int, *, causal: bool) -> list[Run]:
     expected=HOLDS,
 )
 def linear_order() -> Evidence:
-    """Count the FLOPs of matrix products: N times those of a sequence of one tile, causal or not."""
+    """Count the FLOPs of matrix products: in proportion to those of 1024 tokens, causal or not."""
     pairs = []
     for causal in (False, True):
         units = _runs("linear", LENGTHS[0], causal=causal)
@@ -47,7 +47,7 @@ def linear_order() -> Evidence:
     expected=HOLDS,
 )
 def linear_constant_bytes() -> Evidence:
-    """Count the bytes moved, N times those of one token, and what is on chip, which does not grow."""
+    """Count the bytes moved, in proportion to those of 1024 tokens, and what is on chip, which does not grow."""
     return _constant("linear")
 
 

@@ -20,7 +20,7 @@ Reservation = Literal["max", "pow2", "pow2-uncapped", "oracle"]
 
 def power_of_two(tokens: Integers) -> Integers:
     """Return the least powers of two that are no smaller than the given counts of at least 1."""
-    _, exponents = np.frexp(tokens - 1)  # exact for counts below 2⁵³
+    _, exponents = np.frexp(tokens - 1)  # exact for the counts there are
     return np.left_shift(np.int64(1), exponents.astype(np.int64))
 
 

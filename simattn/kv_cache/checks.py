@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-LIMIT = 1 << 62
-"""Counts stay below this, so that the sum of two is an int64."""
+LIMIT = 1 << 52
+"""Counts stay below this, so that float64 holds them exactly and that the sum of many is an int64."""
 
 Integers = npt.NDArray[np.int64]
 
@@ -21,7 +21,7 @@ def checked_count(name: str, value: Any, *, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name}={value}: expected an integer of at least {least}")
     if value >= LIMIT:
-        raise ValueError(f"{name}={value}: expected an integer below 2^62")
+        raise ValueError(f"{name}={value}: expected an integer below 2^52")
     return int(value)
 
 
@@ -43,7 +43,7 @@ def checked_integers(name: str, values: Any, *, least: int) -> Integers:
         raise TypeError(f"{name} has dtype {array.dtype}: expected integers")
     if array.size and not least <= array.min() <= array.max() < LIMIT:
         place = array.argmin() if array.min() < least else array.argmax()
-        raise ValueError(f"{name}[{place}]={array[place]}: expected integers of at least {least}, below 2^62")
+        raise ValueError(f"{name}[{place}]={array[place]}: expected integers of at least {least}, below 2^52")
     array = array.astype(np.int64)
     array.setflags(write=False)
     return array

@@ -109,7 +109,8 @@ def _check_fits(workload: Workload, allocator: Allocator, pool_tokens: int, max_
         lengths = workload.prompt_tokens + workload.output_tokens
         page = allocator.page_tokens
         shared = np.where(workload.samples > 1, workload.prompt_tokens // page, 0) if allocator.sharing else 0
-        need = (shared + workload.samples * (-(-lengths // page) - shared)) * page
+        pages = (-(-lengths // page) - shared).astype(object)  # products may exceed an int64
+        need = (shared + workload.samples * pages) * page
         whole = pool_tokens // page * page
         refused = np.flatnonzero(need > whole)
         if refused.size:

@@ -283,32 +283,37 @@ _DISTRIBUTIONS: dict[str, tuple[Callable[..., Lengths], tuple[Callable[[str], An
 }
 
 
-def parse_lengths(text: str) -> Lengths:
+def parse_lengths(text: str, *, name: str = "lengths") -> Lengths:
     """Return the distribution that a text names.
 
     Parameters
     ----------
     text
         ``constant:TOKENS``, ``uniform:LOW,HIGH``, ``geometric:MEAN`` or ``lognormal:MEAN[,VARIATION]``.
+    name
+        What messages call it.
 
     Raises
     ------
     ValueError
         If it is none of them, or a number is out of range.
     """
-    name, _, numbers = text.partition(":")
+    kind_of, _, numbers = text.partition(":")
     parts = numbers.split(",")
-    if name in _DISTRIBUTIONS:
-        make, types, fewest = _DISTRIBUTIONS[name]
+    if kind_of in _DISTRIBUTIONS:
+        make, types, fewest = _DISTRIBUTIONS[kind_of]
         if fewest <= len(parts) <= len(types):
             try:
                 values = [kind(part) for kind, part in zip(types, parts, strict=False)]
             except ValueError:
                 pass
             else:
-                return make(*values)
+                try:
+                    return make(*values)
+                except ValueError as error:
+                    raise ValueError(f"{name}={text!r}: {error}") from None
     raise ValueError(
-        f"{text!r}: expected constant:TOKENS, uniform:LOW,HIGH, geometric:MEAN or lognormal:MEAN[,VARIATION]"
+        f"{name}={text!r}: expected constant:TOKENS, uniform:LOW,HIGH, geometric:MEAN or lognormal:MEAN[,VARIATION]"
     )
 
 
@@ -364,7 +369,7 @@ def _read_request(columns: dict[str, list[int]], row: Sequence[str], where: str)
         stripped = text.strip()
         digits = stripped.isascii() and stripped.isdigit() and len(stripped) < 20
         if not (digits and least <= int(stripped) < LIMIT):
-            raise ValueError(f"{where}: found {column}={text!r}: expected an integer of at least {least}, below 2^62")
+            raise ValueError(f"{where}: found {column}={text!r}: expected an integer of at least {least}, below 2^52")
         if column == "arrival_step" and values and int(stripped) < values[-1]:
             raise ValueError(f"{where}: found arrival_step={stripped}: expected at least {values[-1]}, as before")
         values.append(int(stripped))

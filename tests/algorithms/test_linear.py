@@ -376,15 +376,22 @@ def test_cross_attention(shape):
         ("linear", {"window": (3, 0)}, ValueError, r"window=\(3, 0\): expected None"),
         ("linear", {"block_mask": WHOLE}, ValueError, "block_mask is given: expected None"),
         ("linear", {"dtype": "float8_e4m3fn"}, ValueError, "dtype='float8_e4m3fn': expected float32"),
-        ("linear", {"causal": True, "kv_len": 9}, ValueError, "kv_len=9 with causal=True: expected q_len=8"),
+        ("linear", {"causal": True, "kv_len": 9}, ValueError, "kv_len=9 under a causal mask: expected q_len=8"),
         ("linear", {"feature_map": "gelu"}, ValueError, "feature_map='gelu': expected one of"),
+        ("linear", {"feature_map": None}, TypeError, "feature_map=None: expected one of .*or a FeatureMap"),
+        ("linear", {"feature_map": np.exp}, TypeError, "expected one of .*or a FeatureMap of your own"),
+        ("linear", {"normalised": None}, TypeError, "normalised=None: expected a bool"),
+        ("lightning2", {"causal": "x"}, TypeError, "causal='x': expected a bool; lightning2 is causal"),
+        ("lightning2", {"slopes": None}, TypeError, "slopes=None: expected one of"),
+        ("lightning2", {"slopes": {0.1, 0.2}}, TypeError, "expected one of .* or a number for each head"),
+        ("lightning2", {"slopes": ["1", "2"]}, TypeError, "expected one of .* or a number for each head"),
         ("linear", {"normalised": 1}, TypeError, "normalised=1: expected a bool"),
         ("linear", {"grouped_gradients": "loop"}, ValueError, "grouped_gradients='loop': expected one of"),
-        ("linear", {"slopes": "fla"}, TypeError, "'slopes' is no argument and no plan option of linear"),
+        ("linear", {"slopes": "fla"}, TypeError, "slopes='fla': 'slopes' is no .*: .*'feature_map'.*'normalised'"),
         ("flash2", {"feature_map": "elu1"}, TypeError, "'feature_map' is no argument and no plan option of flash2"),
-        ("lightning2", {"kv_len": 9}, ValueError, "kv_len=9 with causal=True: expected q_len=8"),
+        ("lightning2", {"kv_len": 9}, ValueError, "kv_len=9 under a causal mask: expected q_len=8"),
         ("lightning2", {"slopes": "alibis"}, ValueError, "slopes='alibis': expected one of"),
-        ("lightning2", {"slopes": 3}, TypeError, "slopes=3: expected one of"),
+        ("lightning2", {"slopes": 3}, TypeError, "slopes=3: expected one of .* or a number for each head"),
         ("lightning2", {"slopes": [0.1]}, ValueError, "slopes has 1 numbers: expected 2"),
         ("lightning2", {"slopes": [0.1, -1]}, ValueError, "finite numbers of at least 0"),
         ("lightning2", {"slopes": [0.1, np.nan]}, ValueError, "finite numbers of at least 0"),
@@ -396,6 +403,46 @@ def test_cross_attention(shape):
 def test_bad_arguments_are_named(name, arguments, error, words):
     with pytest.raises(error, match=words):
         simattn.count(name, **{"q_len": 8, "heads": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((3, np.exp, np.exp), TypeError, "name=3: expected a text"),
+        (("mine", None, np.exp), TypeError, "function=None: expected a function"),
+        (("mine", np.exp, 1), TypeError, "derivative=1: expected a function"),
+        (("mine", np.exp, np.exp, -1), ValueError, "exponentials=-1: expected an integer of at least 0"),
+    ],
+    ids=str,
+)
+def test_bad_feature_maps_are_named(arguments, error, words):
+    with pytest.raises(error, match=words):
+        FeatureMap(*arguments)
+
+
+def test_a_feature_map_that_changes_the_shape_is_named():
+    ones = np.ones((1, 3, 1, 2), np.float32)
+    with pytest.raises(ValueError, match="the function of feature map 'sum' makes shape"):
+        simattn.run("linear", ones, ones, ones, feature_map=FeatureMap("sum", np.sum, np.ones_like))
+
+
+def test_a_feature_map_of_the_identitys_name_is_not_the_identity():
+    ones = np.full((1, 3, 1, 2), 2, np.float32)
+    square = FeatureMap("identity", np.square, lambda x: 2 * x)
+    out = simattn.run("linear", ones, ones, ones, feature_map=square, normalised=False).out
+    np.testing.assert_array_equal(out, 3 * 2 * 16 * 2)
+
+
+@every_algorithm
+@given(data=st.data(), special=st.sampled_from((np.nan, np.inf)))
+def test_the_reference_keeps_to_what_is_seen(name, data, special):
+    problem, inputs, _ = data.draw(cases(name, "forward", min_len=1, causal=True))
+    row = data.draw(st.integers(0, problem.q_len - 1))
+    changed = wide(inputs)
+    changed["k"][:, row] = changed["v"][:, row] = special
+    before, after = (linear.reference(problem, some)["out"][:, :row] for some in (wide(inputs), changed))
+    assert np.isfinite(after).all()
+    np.testing.assert_allclose(after, before, rtol=1e-9, atol=1e-12)
 
 
 def test_feature_maps_and_their_derivatives():
