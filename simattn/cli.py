@@ -257,8 +257,7 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a layer and of its work."""
     for title, entries in (("layer", _LAYER), ("work and plan", _LAYER_WORK)):
         group = parser.add_argument_group(title)
-        for entry in entries:
-            group.add_argument(_flag_name(entry.name), type=entry.parse, metavar=entry.metavar, help=entry.help)
+        _add_each(group, entries)
         if entries is _LAYER:
             group.add_argument("--biases", action="store_true", default=None, help="add a row to every projection")
             group.add_argument("--causal", action="store_true", default=None, help="hide later keys")
@@ -272,6 +271,12 @@ def _add_option(group: argparse._ArgumentGroup, metavar: str = "NAME=VALUE") -> 
 
 def _flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _add_each(group: argparse._ArgumentGroup, arguments: Sequence[_Argument]) -> None:
+    """Add arguments that have one value."""
+    for argument in arguments:
+        group.add_argument(_flag_name(argument.name), type=argument.parse, metavar=argument.metavar, help=argument.help)
 
 
 def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -335,8 +340,7 @@ def _add_kv_cache(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the KV cache's simulation."""
     shape = parser.add_argument_group("model; each size replaces the model's")
     shape.add_argument("--model", default="OPT-13B", help="LLaMA-13B, OPT-13B or Llama-2-70B (default: %(default)s)")
-    for argument in _SHAPE:
-        shape.add_argument(_flag_name(argument.name), type=argument.parse, metavar=argument.metavar, help=argument.help)
+    _add_each(shape, _SHAPE)
     shape.add_argument("--max-tokens", type=_integer, metavar="COUNT", help="longest sequence (default: 2048)")
     pool = parser.add_argument_group("pool and allocators")
     sizes = pool.add_mutually_exclusive_group()
@@ -388,8 +392,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="also draw a picture; its ending says in which format")
     shape = parser.add_argument_group("model; each size replaces the model's")
     shape.add_argument("--model", metavar="NAME", help="a published shape; without it --heads is needed")
-    for argument in _MODEL:
-        shape.add_argument(_flag_name(argument.name), type=argument.parse, metavar=argument.metavar, help=argument.help)
+    _add_each(shape, _MODEL)
     shape.add_argument("--window", type=_window, metavar="LEFT,RIGHT", help="keys seen left and right of a query")
 
 

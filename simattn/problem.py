@@ -126,7 +126,7 @@ class AttentionProblem:
         return "bfloat16" if self.is_float8 else self.dtype
 
     @classmethod
-    def own_arguments(cls, heads: int) -> list[dict[str, Any]]:
+    def example_arguments(cls, heads: int) -> list[dict[str, Any]]:
         """Return values of the fields that a subclass adds, of so many query heads, to test with."""
         return [{}]
 

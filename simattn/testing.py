@@ -199,7 +199,7 @@ def problems_of(draw: st.DrawFn, /, algorithm: Algorithm, **arguments: Any) -> A
         return draw(attention_problems(**arguments))
     problem = draw(attention_problems(**{**arguments, "windowed": False, "block_sparse": False}))
     given = {item.name: getattr(problem, item.name) for item in fields(AttentionProblem)} | {"scale": None}
-    own = draw(st.sampled_from(algorithm.problem_class.own_arguments(problem.heads)))
+    own = draw(st.sampled_from(algorithm.problem_class.example_arguments(problem.heads)))
     if problem.causal or algorithm.problem_class.is_causal:
         given["kv_len"] = problem.q_len
     return algorithm.problem_class(**given, **own)

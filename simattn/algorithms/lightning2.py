@@ -99,7 +99,7 @@ class Lightning2Problem(linear.RecurrentProblem):
         object.__setattr__(self, "slopes", slopes)
 
     @classmethod
-    def own_arguments(cls, heads: int) -> list[dict[str, Any]]:
+    def example_arguments(cls, heads: int) -> list[dict[str, Any]]:
         """Return every convention, and slopes of heads that never decay and that forget at once."""
         named = [{"slopes": name, "layer": layer, "layers": 3} for name in CONVENTIONS for layer in (0, 2)]
         return [*named, {"slopes": [0.0] * heads}, {"slopes": [0.3 * (1 + head % 9) for head in range(heads)]}]

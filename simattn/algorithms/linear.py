@@ -182,7 +182,7 @@ class LinearProblem(RecurrentProblem):
         check_flag("normalised", self.normalised)
 
     @classmethod
-    def own_arguments(cls, heads: int) -> list[dict[str, Any]]:
+    def example_arguments(cls, heads: int) -> list[dict[str, Any]]:
         """Return feature maps, divided where no sum of weights can vanish by cancellation, and not."""
         divided = [{"feature_map": name} for name in FEATURE_MAPS if name != "identity"]
         return [*divided, *({"feature_map": name, "normalised": False} for name in FEATURE_MAPS)]
@@ -217,53 +217,44 @@ class LinearPlan(Plan):
 
 @dataclass
 class State:
-    """What stands for keys and values that were taken in: φ(K)ᵀ V, and the sum of φ(K) where outputs are divided."""
+    """What stands for rows that were taken in: φ(K)ᵀ V of keys, or φ(Q)ᵀ dO of queries.
+
+    Where outputs are divided, ``row_sum`` is the sum of φ(K), or of φ(Q) times the gradients of the totals.
+    """
 
     products: Tile
-    key_sum: Tile | None
+    row_sum: Tile | None
 
     @classmethod
-    def empty(cls, machine: Machine, problem: RecurrentProblem, place: Place) -> State:
-        """Return the state before any key."""
+    def empty(cls, machine: Machine, problem: RecurrentProblem, place: Place, *, of: str) -> State:
+        """Return the state before any of the rows."""
         return cls(
-            products=machine.full("state", problem.head_dim, problem.value_dim, 0.0, place=place),
-            key_sum=machine.full("key_sum", 1, problem.head_dim, 0.0, place=place) if problem.divides else None,
+            products=machine.full(f"{of}_products", problem.head_dim, problem.value_dim, 0.0, place=place),
+            row_sum=machine.full(f"{of}_sum", 1, problem.head_dim, 0.0, place=place) if problem.divides else None,
         )
 
-    def take(self, machine: Machine, problem: RecurrentProblem, k: Tile, v: Tile) -> None:
+    def _pass(self, machine: Machine, problem: RecurrentProblem, rows: int) -> None:
+        """Let so many rows go by."""
+        for tile in (self.products, self.row_sum):
+            if tile is not None:
+                decay(machine, problem, tile, lambda _: rows)
+
+    def take_keys(self, machine: Machine, problem: RecurrentProblem, k: Tile, v: Tile) -> None:
         """Take in a tile of mapped keys and their values, after its rows have gone by."""
-        decay(machine, problem, self.products, lambda _: k.rows)
+        self._pass(machine, problem, k.rows)
         decay(machine, problem, k, rows_after)
         machine.matmul(k, v, place=self.products.place, transpose_a=True, into=self.products)
-        if self.key_sum is not None:
-            decay(machine, problem, self.key_sum, lambda _: k.rows)
-            machine.add_column_sums(self.key_sum, k)
+        if self.row_sum is not None:
+            machine.add_column_sums(self.row_sum, k)
 
-
-@dataclass
-class GradientState:
-    """What stands for the queries that were taken in: φ(Q)ᵀ dO, and the sum of the totals' gradients times φ(Q)."""
-
-    products: Tile
-    query_sum: Tile | None
-
-    @classmethod
-    def empty(cls, machine: Machine, problem: RecurrentProblem, place: Place) -> GradientState:
-        """Return the state before any query."""
-        return cls(
-            products=machine.full("dstate", problem.head_dim, problem.value_dim, 0.0, place=place),
-            query_sum=machine.full("dkey_sum", 1, problem.head_dim, 0.0, place=place) if problem.divides else None,
-        )
-
-    def take(self, machine: Machine, problem: RecurrentProblem, queries: Tile, gradient: OutputGradients) -> None:
+    def take_queries(self, machine: Machine, problem: RecurrentProblem, q: Tile, gradient: OutputGradients) -> None:
         """Take in a tile of mapped queries and their outputs' gradients, before whose first row it stands then."""
-        decay(machine, problem, self.products, lambda _: queries.rows)
-        decay(machine, problem, queries, rows_up_to)
+        self._pass(machine, problem, q.rows)
+        decay(machine, problem, q, rows_up_to)
         place = self.products.place
-        machine.matmul(queries, gradient.outputs, place=place, transpose_a=True, into=self.products)
-        if self.query_sum is not None and gradient.totals is not None:
-            decay(machine, problem, self.query_sum, lambda _: queries.rows)
-            machine.matmul(gradient.totals, queries, place=place, transpose_a=True, into=self.query_sum)
+        machine.matmul(q, gradient.outputs, place=place, transpose_a=True, into=self.products)
+        if self.row_sum is not None and gradient.totals is not None:
+            machine.matmul(gradient.totals, q, place=place, transpose_a=True, into=self.row_sum)
 
 
 Exponents = int | npt.NDArray[np.int64]
@@ -319,7 +310,7 @@ def forward(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> No
     results = machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="output")
     tiles, place = plan.tiles, plan.accumulators
     for _ in machine.thread_blocks(width=problem.head_dim * problem.value_dim):
-        state = State.empty(machine, problem, place)
+        state = State.empty(machine, problem, place, of="key")
         if not problem.causal:
             take_all(machine, problem, state, k, v, tiles.kv)
         for rows in machine.tiles(problem.q_len, tiles.q):
@@ -337,22 +328,22 @@ def forward(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> No
                 hidden = machine.hidden_elements(rows, rows)
                 machine.matmul(weights, values, place=place, hidden=hidden, into=out)
             # finish
-            if state.key_sum is not None:
-                totals = machine.matmul(queries, state.key_sum, place=place, name="totals", transpose_b=True)
+            if state.row_sum is not None:
+                totals = machine.matmul(queries, state.row_sum, place=place, name="totals", transpose_b=True)
                 if weights is not None:
                     machine.update_row_sum(totals, weights)
                 machine.normalise(out, totals)
                 machine.store(totals, machine.arrays["totals"], rows)
             machine.store(out, results, rows)
             if keys is not None and values is not None:
-                state.take(machine, problem, keys, values)
+                state.take_keys(machine, problem, keys, values)
 
 
 def take_all(machine: Machine, problem: RecurrentProblem, state: State, k: Array, v: Array, tile: int) -> None:
     """Take in all keys and values."""
     for rows in machine.tiles(problem.kv_len, tile):
         keys = mapped(machine, problem, machine.load(k, rows))
-        state.take(machine, problem, keys, machine.load(v, rows))
+        state.take_keys(machine, problem, keys, machine.load(v, rows))
 
 
 @dataclass
@@ -397,7 +388,7 @@ def query_gradients(
     """Compute dQ: dO Sᵀ of the state S, and of a tile's own keys by a masked product."""
     tiles, place = plan.tiles, plan.accumulators
     for _ in machine.thread_blocks(width=problem.head_dim * problem.value_dim):
-        state = State.empty(machine, problem, place)
+        state = State.empty(machine, problem, place, of="key")
         if not problem.causal:
             take_all(machine, problem, state, k, v, tiles.kv)
         for rows in machine.tiles(problem.q_len, tiles.q):
@@ -411,8 +402,8 @@ def query_gradients(
                 hide_later(machine, problem, dweights, rows)
             # compute
             dqueries = machine.matmul(gradient.outputs, state.products, place=place, name="dq", transpose_b=True)
-            if state.key_sum is not None and gradient.totals is not None:
-                machine.matmul(gradient.totals, state.key_sum, place=place, into=dqueries)
+            if state.row_sum is not None and gradient.totals is not None:
+                machine.matmul(gradient.totals, state.row_sum, place=place, into=dqueries)
             decay(machine, problem, dqueries, rows_up_to)
             if keys is not None and dweights is not None:
                 hidden = machine.hidden_elements(rows, rows)
@@ -421,7 +412,7 @@ def query_gradients(
             multiply_derivative(machine, problem, dqueries, machine.arrays["q"], rows)
             machine.store(dqueries, dq, rows)
             if keys is not None and values is not None:
-                state.take(machine, problem, keys, values)
+                state.take_keys(machine, problem, keys, values)
 
 
 def multiply_derivative(machine: Machine, problem: RecurrentProblem, tile: Tile, array: Array, rows: Rows) -> None:
@@ -439,11 +430,11 @@ def key_gradients(
     tiles, place = plan.tiles, plan.accumulators
     dk_total, dv_total = (GroupedGradient.declare(machine, array, plan) for array in (dk, dv))
     for _ in machine.thread_blocks(width=problem.head_dim * problem.value_dim):
-        state = GradientState.empty(machine, problem, place)
+        state = State.empty(machine, problem, place, of="query")
         if not problem.causal:
             for rows in machine.tiles(problem.q_len, tiles.q):
                 queries = mapped(machine, problem, machine.load(machine.arrays["q"], rows))
-                state.take(machine, problem, queries, OutputGradients.load(machine, problem, rows))
+                state.take_queries(machine, problem, queries, OutputGradients.load(machine, problem, rows))
         tile, length = (tiles.q, problem.q_len) if problem.causal else (tiles.kv, problem.kv_len)
         for rows in machine.tiles(length, tile, descending=True):
             # load
@@ -460,8 +451,8 @@ def key_gradients(
             # compute
             dvalues = machine.matmul(keys, state.products, place=place, name="dv")
             dkeys = machine.matmul(values, state.products, place=place, name="dk", transpose_b=True)
-            if state.query_sum is not None:
-                machine.add(dkeys, state.query_sum)
+            if state.row_sum is not None:
+                machine.add(dkeys, state.row_sum)
             for result in (dvalues, dkeys):
                 decay(machine, problem, result, rows_after)
             if own is not None:
@@ -474,7 +465,7 @@ def key_gradients(
             dk_total.add(machine, dkeys, rows)
             dv_total.add(machine, dvalues, rows)
             if own is not None:
-                state.take(machine, problem, own[0], own[1])
+                state.take_queries(machine, problem, own[0], own[1])
     for total in (dk_total, dv_total):
         total.finish(machine, plan)
 
