@@ -10,8 +10,8 @@ from cupy_kernels.parameters import STORAGE_TYPES
 from cupy_kernels.program import Program
 from cupy_kernels.ragged import RaggedProblem
 from simattn.hardware import Hardware
-from simattn.plan import Direction, Plan
-from simattn.problem import AttentionProblem
+from simattn.plan import Plan
+from simattn.problem import AttentionProblem, Direction
 
 MakeProgram = Callable[[AttentionProblem, Any, Hardware], Program]
 DefaultPlan = Callable[[AttentionProblem, Hardware, bool], Plan]

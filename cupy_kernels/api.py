@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from cupy_kernels.explanation import Explanation
     from simattn.hardware import Hardware
-    from simattn.plan import Direction, Plan
-    from simattn.problem import Window
+    from simattn.plan import Plan
+    from simattn.problem import Direction, Window
 
 _NOT_SUPPORTED = ("bias", "dropout", "softcap", "sinks")
 _INPUTS: tuple[str, ...] = ("q", "k", "v")

@@ -32,7 +32,7 @@ from cupy_kernels.table import ALGORITHMS, default_programs
 from cupy_kernels.verify import environment
 from simattn import AttentionProblem, count
 from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype
-from simattn.plan import Direction
+from simattn.problem import Direction
 from simattn.tables import text_table
 
 SOURCE = r"""

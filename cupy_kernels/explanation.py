@@ -9,8 +9,8 @@ from types import MappingProxyType
 from cupy_kernels.program import Step, Units
 from cupy_kernels.table import ALGORITHMS, DEFAULT_ALGORITHM, Choice, choose_algorithm, default_plan
 from simattn.hardware import Hardware
-from simattn.plan import Direction, Plan
-from simattn.problem import AttentionProblem
+from simattn.plan import Plan
+from simattn.problem import AttentionProblem, Direction
 from simattn.tables import text_table
 
 MODELLED_TENSOR_CORES = (9, 0)

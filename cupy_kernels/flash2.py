@@ -31,8 +31,8 @@ from cupy_kernels.program import (
 from cupy_kernels.tensor_tiles import TensorTiles
 from simattn.algorithms.flash2 import FIRST_TENSOR_CORES, TENSOR_CORE_DTYPES, Flash2Plan, gpu_tiles, has_tensor_cores
 from simattn.hardware import Hardware
-from simattn.plan import Direction, Plan, Tiles
-from simattn.problem import AttentionProblem
+from simattn.plan import Plan, Tiles
+from simattn.problem import AttentionProblem, Direction
 from simattn.sums import ceil_div
 
 FORWARD_TILES: dict[int, Tiles] = {

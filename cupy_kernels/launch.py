@@ -34,9 +34,9 @@ from cupy_kernels.ragged import OFFSETS, RaggedProblem
 from cupy_kernels.table import choose
 from cupy_kernels.tensor_map import ADDRESS_MULTIPLE, TensorMap
 from simattn.hardware import Hardware, get_hardware
-from simattn.plan import Direction, Plan
+from simattn.plan import Plan
 from simattn.planning import DEFAULT_HARDWARE
-from simattn.problem import AttentionProblem, Window
+from simattn.problem import AttentionProblem, Direction, Window
 
 SMALLEST_SPARE_BYTES = 1 << 20
 WORKSPACE_ALIGNMENT = 256

@@ -16,9 +16,9 @@ from cupy_kernels.parameters import COLUMN_BUCKETS, STORAGE_TYPES, check_support
 from cupy_kernels.program import Kernel, Program
 from cupy_kernels.ragged import RaggedProblem
 from simattn.hardware import Hardware, get_hardware
-from simattn.plan import Direction, Plan
+from simattn.plan import Plan
 from simattn.planning import DEFAULT_HARDWARE
-from simattn.problem import AttentionProblem
+from simattn.problem import AttentionProblem, Direction
 
 ALGORITHMS: dict[str, KernelAlgorithm] = {
     item.ALGORITHM.name: item.ALGORITHM for item in (flash2, flash1, standard, flash3)

@@ -46,8 +46,9 @@ from simattn import AttentionProblem, Tiles, Traffic, run, run_backward
 from simattn.algorithms.flash3 import ragged_metadata_bytes
 from simattn.arithmetic.formats import numpy_dtype
 from simattn.hardware import get_hardware
-from simattn.plan import Direction, Plan
+from simattn.plan import Plan
 from simattn.planning import DEFAULT_HARDWARE
+from simattn.problem import Direction
 from simattn.testing import Inputs, attention_inputs, attention_problems
 
 Values = npt.NDArray[Any]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from simattn import kv_cache, plots, report, testing
     from simattn.algorithms import ALGORITHMS
-    from simattn.api import Run, closed_form, count, default_plan, profile, run, run_backward
+    from simattn.api import Run, closed_form, count, default_plan, profile, run, run_backward, run_decode
     from simattn.claims import claims
     from simattn.comparison import ModelShape, compare
     from simattn.hardware import HARDWARE
@@ -45,12 +45,14 @@ __all__ = [
     "report",
     "run",
     "run_backward",
+    "run_decode",
     "sweep",
     "testing",
 ]
 
 _MODULE_OF = {
-    **dict.fromkeys(["Run", "closed_form", "count", "default_plan", "profile", "run", "run_backward"], "api"),
+    **dict.fromkeys(["Run", "closed_form", "count", "default_plan", "profile"], "api"),
+    **dict.fromkeys(["run", "run_backward", "run_decode"], "api"),
     **dict.fromkeys(["CapacityError", "Operations"], "machine"),
     **dict.fromkeys(["ModelShape", "compare"], "comparison"),
     **dict.fromkeys(["Plan", "Tiles"], "plan"),

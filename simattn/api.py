@@ -14,13 +14,13 @@ import numpy.typing as npt
 from simattn.algorithms import get_algorithm
 from simattn.algorithms.algorithm import Algorithm
 from simattn.arithmetic.floating import ARITHMETICS, FloatArithmetic, get_arithmetic
-from simattn.arithmetic.formats import FLOAT8, storage_name
+from simattn.arithmetic.formats import FLOAT8, numpy_dtype, storage_name
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Operations
 from simattn.masks import BlockMask
-from simattn.plan import Direction, Plan, PlanKind
+from simattn.plan import Plan, PlanKind
 from simattn.planning import Capacity, declare_inputs, make_plan
-from simattn.problem import AttentionProblem, Window
+from simattn.problem import AttentionProblem, Direction, InputShape, Window
 from simattn.tables import byte_text
 from simattn.traffic import Traffic
 
@@ -51,6 +51,9 @@ class Run:
         pass, else None.
     dq, dk, dv
         Gradients, shaped like their inputs, of a simulated backward pass, else None.
+    results
+        All that a simulated program returns, by name, those above among it, else None: gradients of further inputs as
+        ``d`` before their names, and the states after a decoding step.
     saved
         What a simulated forward pass leaves for the backward pass, by name, else None. It is shaped as the argument of
         that name of :func:`run_backward` expects it.
@@ -70,6 +73,7 @@ class Run:
     dq: Values | None = None
     dk: Values | None = None
     dv: Values | None = None
+    results: Mapping[str, Values] | None = None
     saved: Mapping[str, Values] | None = None
 
     @property
@@ -161,7 +165,7 @@ def _takes_the_arguments_of_a_request(function: Callable[..., R]) -> Callable[..
     return checked
 
 
-def checked_algorithm(algorithm: str, direction: str, problem: AttentionProblem) -> Algorithm:
+def checked_algorithm(algorithm: str, direction: Direction, problem: AttentionProblem) -> Algorithm:
     """Return the algorithm, if it has the direction for this problem.
 
     Raises
@@ -172,6 +176,7 @@ def checked_algorithm(algorithm: str, direction: str, problem: AttentionProblem)
     spec = get_algorithm(algorithm)
     if direction not in spec.programs:
         raise ValueError(f"direction={direction!r} of {algorithm}: expected one of {spec.directions}")
+    problem.check_direction(direction)
     if direction == "backward" and problem.is_float8:
         raise ValueError(
             f"direction='backward' with dtype={problem.dtype!r}: eight-bit storage is forward only; "
@@ -213,7 +218,7 @@ def profile(algorithm: str, **arguments: Any) -> Run:
     q_len, batch, heads, kv_heads, kv_len, head_dim, value_dim, dtype, scale, causal, window, block_mask
         The problem; see :class:`simattn.AttentionProblem`.
     direction
-        "forward", or "backward" without its forward pass.
+        "forward", "backward" without its forward pass, or "decode", a step of so many new queries against a cache.
     plan
         A plan of the algorithm; "gpu" (the kernels' tiles, accumulators in registers), "fit" (the largest tiles that
         fit, all in SRAM) or "paper" (the paper's formula, all in SRAM, its excess reported and not refused). Default
@@ -332,9 +337,11 @@ def run(
     ValueError, TypeError
         If an argument is unknown or out of range; the message names it, its value and what was expected.
     """
+    descales = {"q": q_descale, "k": k_descale, "v": v_descale}
+    inputs, options = Inputs.checked(algorithm, {"q": q, "k": k, "v": v}, options, descales)
     return run_inputs(
         algorithm,
-        Inputs.checked(q, k, v, {"q": q_descale, "k": k_descale, "v": v_descale}),
+        inputs,
         scale=scale,
         causal=causal,
         window=window,
@@ -347,11 +354,76 @@ def run(
     )
 
 
-def run_inputs(algorithm: str, inputs: Inputs, *, arithmetic: str, **arguments: Any) -> Run:
-    """Run a forward program on checked inputs; the other arguments are those of :func:`run`."""
-    request = _request(algorithm, **inputs.shape_arguments, direction="forward", **arguments)
-    machine = _simulated(request, _checked_arithmetic(arithmetic, request), inputs.head_major(request.problem))
-    return _finished(request, machine, **_forward_numbers(request, machine))
+def run_decode(
+    algorithm: str,
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    block_mask: BlockMask | None = None,
+    arithmetic: str = "float32",
+    plan: Plan | PlanKind | None = None,
+    hardware: str | Hardware | None = None,
+    sram_bytes: int | None = None,
+    **options: Any,
+) -> Run:
+    """Run a decoding step on the simulated machine: few new queries, usually one, against a cache of keys and values.
+
+    Parameters
+    ----------
+    algorithm, scale, causal, window, block_mask, arithmetic, plan, hardware, sram_bytes, **options
+        As for :func:`run`; further inputs, such as a state, by name.
+    q
+        New queries, shape (batch, q_len, heads, head_dim).
+    k, v
+        The cache, which holds the new keys and values already, shaped as for :func:`run`; or what the algorithm's page
+        says that it takes in its place.
+
+    Returns
+    -------
+    Run
+        With ``out``, and in ``results`` whatever states the step changed.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is unknown or out of range; the message names it, its value and what was expected.
+    """
+    inputs, options = Inputs.checked(algorithm, {"q": q, "k": k, "v": v}, options)
+    return run_inputs(
+        algorithm,
+        inputs,
+        direction="decode",
+        scale=scale,
+        causal=causal,
+        window=window,
+        block_mask=block_mask,
+        arithmetic=arithmetic,
+        plan=plan,
+        hardware=hardware,
+        sram_bytes=sram_bytes,
+        **options,
+    )
+
+
+def run_inputs(
+    algorithm: str, inputs: Inputs, *, arithmetic: str, direction: Direction = "forward", **arguments: Any
+) -> Run:
+    """Run a forward or decoding program on checked inputs; the other arguments are those of :func:`run`."""
+    request = _request(algorithm, **inputs.shape_arguments, direction=direction, **arguments)
+    chosen = _checked_arithmetic(arithmetic, request)
+    machine = _simulated(request, chosen, inputs.head_major(request.problem, direction, chosen))
+    numbers, saved = _numbers(request, machine), None
+    if direction == "forward":
+        found = numbers["results"]
+        saved = {
+            name: found[name] if name in found else _user_layout(machine.arrays[name], request.problem)
+            for name in _saved_arrays(request)
+        }
+    return _finished(request, machine, **numbers, saved=saved)
 
 
 def run_backward(
@@ -407,9 +479,10 @@ def run_backward(
     ValueError, TypeError
         If an argument is unknown or out of range; the message names it, its value and what was expected.
     """
+    inputs, options = Inputs.checked(algorithm, {"q": q, "k": k, "v": v, "dout": dout}, options)
     return run_inputs_backward(
         algorithm,
-        Inputs.checked(q, k, v, {}, dout),
+        inputs,
         {
             "scale": scale,
             "causal": causal,
@@ -438,7 +511,8 @@ def run_inputs_backward(
     """Run a backward program on checked inputs; ``arguments`` are those of :func:`run_backward` that are no options."""
     shared = {**inputs.shape_arguments, **arguments}
     request = _request(algorithm, **shared, direction="backward", plan=plan, **options)
-    chosen, values = _checked_arithmetic(arithmetic, request), inputs.head_major(request.problem)
+    chosen = _checked_arithmetic(arithmetic, request)
+    values = inputs.head_major(request.problem, "backward", chosen)
     if saved is None:
         kept = {name: value for name, value in options.items() if name != "tiles"}
         kept |= {name: getattr(request.plan, name) for name in ("repeat_kv", "enforce_capacity", "accumulators")}
@@ -448,7 +522,7 @@ def run_inputs_backward(
     else:
         left = _checked_saved(request, chosen, saved)
     machine = _simulated(request, chosen, {**values, **left})
-    return _finished(request, machine, **_backward_numbers(machine))
+    return _finished(request, machine, **_numbers(request, machine))
 
 
 def _checked_arithmetic(name: str, request: _Request) -> FloatArithmetic:
@@ -481,30 +555,32 @@ class Inputs:
     Attributes
     ----------
     arrays
-        Arrays (batch, length, heads, columns), by name.
-    dtype
-        Storage format. The oracle may be given arrays in float64, numbers that it has computed and not rounded.
+        Arrays (batch, length, heads, columns), by name; matrices that serve all heads are (rows, columns).
+    shape_arguments
+        The arguments of a problem that follow from them. The oracle may be given arrays in float64, numbers that it has
+        computed and not rounded.
     descales
         Factors (batch, kv_heads) of eight-bit arrays, by the array's name.
     """
 
     arrays: dict[str, Values]
-    dtype: str
+    shape_arguments: dict[str, Any]
     descales: dict[str, npt.ArrayLike] = field(default_factory=dict)
 
     @classmethod
     def checked(
         cls,
-        q: npt.ArrayLike,
-        k: npt.ArrayLike,
-        v: npt.ArrayLike,
-        descales: Mapping[str, npt.ArrayLike | None],
-        dout: npt.ArrayLike | None = None,
-    ) -> Inputs:
-        """Return the inputs, if their shapes and types fit together."""
-        arrays = {"q": np.asarray(q), "k": np.asarray(k), "v": np.asarray(v)}
-        if dout is not None:
-            arrays["dout"] = np.asarray(dout)
+        algorithm: str,
+        given: Mapping[str, npt.ArrayLike],
+        options: Mapping[str, Any],
+        descales: Mapping[str, npt.ArrayLike | None] | None = None,
+    ) -> tuple[Inputs, dict[str, Any]]:
+        """Return the inputs, those of the algorithm's problems that are among the options too, and the other options.
+
+        The shapes and types of q, k, v and dout are held against each other, the others' later against the problem.
+        """
+        problem_class = get_algorithm(algorithm).problem_class
+        arrays = {name: np.asarray(array) for name, array in given.items()}
         for name, array in arrays.items():
             if array.ndim != 4:
                 raise ValueError(
@@ -516,51 +592,59 @@ class Inputs:
                 raise TypeError(f"{name}: {error}") from None
             if array.dtype != arrays["q"].dtype:
                 raise TypeError(f"{name} has dtype {array.dtype}: expected {arrays['q'].dtype}, as q has")
-        expected = {
-            "k": (arrays["q"].shape[0], arrays["k"].shape[1], arrays["k"].shape[2], arrays["q"].shape[3]),
-            "v": (*arrays["k"].shape[:3], arrays["v"].shape[3]),
-            "dout": (*arrays["q"].shape[:3], arrays["v"].shape[3]),
-        }
-        for name, shape in expected.items():
-            if name in arrays and arrays[name].shape != shape:
-                raise ValueError(
-                    f"{name} has shape {arrays[name].shape}: expected {shape} for q of shape "
-                    f"{arrays['q'].shape} and k of shape {arrays['k'].shape}"
-                )
-        given = {name: value for name, value in descales.items() if value is not None}
-        if given and storage_name(arrays["q"].dtype) not in FLOAT8:
+        dtype = storage_name(arrays["q"].dtype)
+        factors = {name: value for name, value in (descales or {}).items() if value is not None}
+        if factors and dtype not in FLOAT8:
             raise ValueError(
-                f"{next(iter(given))}_descale is given for dtype {arrays['q'].dtype}: expected eight-bit inputs"
+                f"{next(iter(factors))}_descale is given for dtype {arrays['q'].dtype}: expected eight-bit inputs"
             )
-        return cls(arrays, storage_name(arrays["q"].dtype), given)
+        shape_arguments = {**problem_class.shape_arguments(arrays), "dtype": dtype}
+        own = {name: np.asarray(options[name]) for name in problem_class.own_inputs if name in options}
+        others = {name: value for name, value in options.items() if name not in own}
+        return cls({**arrays, **own}, shape_arguments, factors), others
 
-    @property
-    def shape_arguments(self) -> dict[str, Any]:
-        """The arguments of a problem that follow from the arrays."""
-        q, k, v = (self.arrays[name] for name in "qkv")
-        return {
-            "batch": q.shape[0],
-            "heads": q.shape[2],
-            "kv_heads": k.shape[2],
-            "q_len": q.shape[1],
-            "kv_len": k.shape[1],
-            "head_dim": q.shape[3],
-            "value_dim": v.shape[3],
-            "dtype": self.dtype,
-        }
+    def head_major(
+        self, problem: AttentionProblem, direction: Direction, arithmetic: FloatArithmetic
+    ) -> dict[str, Values]:
+        """Return the arrays as (batch · kv_heads, group or 1, length, columns), one for all as (1, 1, rows, columns).
 
-    def head_major(self, problem: AttentionProblem) -> dict[str, Values]:
-        """Return the arrays as (batch · kv_heads, group or 1, length, columns)."""
-        streams = problem.batch * problem.kv_heads
+        Raises
+        ------
+        ValueError, TypeError
+            If there are others than the problem's, or one has another shape or type.
+        """
+        shapes = problem.inputs(direction)
+        if set(shapes) != set(self.arrays):
+            missing, unknown = (sorted(one - two) for one, two in _both_ways(set(shapes), set(self.arrays)))
+            raise TypeError(
+                f"the {direction} pass is given {sorted(self.arrays)}"
+                + (f", without {missing}" if missing else "")
+                + (f", with {unknown} that it does not take" if unknown else "")
+                + f": expected {sorted(shapes)}"
+            )
         values = {}
         for name, array in self.arrays.items():
-            group = array.shape[2] // problem.kv_heads
+            shape = shapes[name]
+            self._check(name, shape, problem, arithmetic)
+            if shape.heads == "one":
+                values[name] = np.ascontiguousarray(array)[None, None]
+                continue
+            group = problem.group_size if shape.heads == "query" else 1
             moved = np.ascontiguousarray(np.moveaxis(array, 2, 1))
-            values[name] = moved.reshape(streams, group, array.shape[1], array.shape[3])
+            values[name] = moved.reshape(problem.batch * problem.kv_heads, group, *moved.shape[2:])
         if problem.is_float8:
             for name in "qkv":
                 values[f"{name}_descale"] = self._descale(name, problem)
         return values
+
+    def _check(self, name: str, shape: InputShape, problem: AttentionProblem, arithmetic: FloatArithmetic) -> None:
+        array, expected = self.arrays[name], shape.user_shape(problem)
+        if array.shape != expected:
+            raise ValueError(f"{name} has shape {array.shape}: expected {expected}")
+        if name in problem.own_inputs:
+            stored = numpy_dtype(shape.dtype or problem.dtype)
+            if array.dtype != stored and not (array.dtype == np.float64 == arithmetic.dtype):
+                raise TypeError(f"{name} has dtype {array.dtype}: expected {stored}")
 
     def _descale(self, name: str, problem: AttentionProblem) -> Values:
         shape = (problem.batch, problem.kv_heads)
@@ -609,43 +693,44 @@ def _checked_saved(
                 f"saved[{name!r}] has dtype {given.dtype}: expected {wanted.dtype} for {request.problem.dtype} inputs "
                 f"and arithmetic={arithmetic.name!r}"
             )
-        if name == "out":
+        if given.ndim == 4 and name != "probabilities":
             given = np.moveaxis(given, 2, 1)
         values[name] = np.ascontiguousarray(given).reshape(array.values.shape)
     return values
 
 
+def _both_ways(one: set[str], two: set[str]) -> tuple[tuple[set[str], set[str]], ...]:
+    return (one, two), (two, one)
+
+
 def _user_layout(array: Array, problem: AttentionProblem) -> Values:
     """Return an array's values as callers see them.
 
-    Rows of columns are (batch, length, heads, columns), scores (batch, heads, q_len, kv_len), and statistics (batch,
-    heads, q_len).
+    Rows of columns are (batch, length, heads, columns), scores (batch, heads, q_len, kv_len), statistics (batch,
+    heads, q_len), and a matrix for all heads is (rows, columns).
     """
     assert array.values is not None
-    if array.name == "out":
-        return _head_minor(array, problem)
-    columns = (array.columns,) if array.name == "probabilities" else ()
-    return array.values.reshape(problem.batch, problem.heads, array.rows, *columns)
-
-
-def _head_minor(array: Array, problem: AttentionProblem) -> Values:
-    """Return an array's values as (batch, length, heads, columns)."""
-    assert array.values is not None
+    if array.heads == "one":
+        return array.values.reshape(array.rows, array.columns)
     heads = problem.kv_heads * array.values.shape[1]
+    if array.name in STATISTICS:
+        return array.values.reshape(problem.batch, heads, array.rows)
     values = array.values.reshape(problem.batch, heads, array.rows, array.columns)
-    return np.ascontiguousarray(np.moveaxis(values, 1, 2))
+    return values if array.name == "probabilities" else np.ascontiguousarray(np.moveaxis(values, 1, 2))
 
 
-def _forward_numbers(request: _Request, machine: Machine) -> dict[str, Any]:
-    results: dict[str, Values] = {
-        name: _user_layout(machine.arrays[name], request.problem) for name in ("out", "lse") if name in machine.arrays
+STATISTICS = ("lse", "row_max", "row_sum", "totals")
+"""Arrays with a number for each query row."""
+
+
+def _numbers(request: _Request, machine: Machine) -> dict[str, Any]:
+    """Return what a program computed: its outputs, and the log-sum-exp of a forward pass."""
+    results = {
+        name: _user_layout(array, request.problem)
+        for name, array in machine.arrays.items()
+        if array.values is not None and (array.role == "output" or (name == "lse" and request.direction != "backward"))
     }
-    saved = {
-        name: results[name] if name in results else _user_layout(machine.arrays[name], request.problem)
-        for name in _saved_arrays(request)
-    }
-    return {**results, "saved": saved}
+    return {**{name: results[name] for name in _NAMED_RESULTS if name in results}, "results": results}
 
 
-def _backward_numbers(machine: Machine) -> dict[str, Values]:
-    return {name: _head_minor(machine.arrays[name], machine.problem) for name in ("dq", "dk", "dv")}
+_NAMED_RESULTS = ("out", "lse", "dq", "dk", "dv")

@@ -15,8 +15,8 @@ import numpy as np
 
 from simattn.arithmetic.formats import ITEM_BYTES
 from simattn.masks import Visibility
-from simattn.plan import Direction, check_choice
-from simattn.problem import AttentionProblem
+from simattn.plan import check_choice
+from simattn.problem import AttentionProblem, Direction
 from simattn.traffic import ArrayTraffic, Traffic
 
 # Compulsory traffic

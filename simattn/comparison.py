@@ -318,7 +318,7 @@ def _row(
     batch: int,
     gpu: Hardware,
 ) -> ComparisonRow:
-    if phase == "decode" and not ALGORITHMS[algorithm].is_softmax:
+    if phase == "decode" and not ALGORITHMS[algorithm].takes_any_mask:
         return ComparisonRow(
             phase=phase, algorithm=algorithm, variant=variant, refusal="there is no program for a step of its state"
         )

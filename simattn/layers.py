@@ -47,9 +47,9 @@ from simattn.matrix_products import (
     checked_tiles,
     fitting_tiles,
 )
-from simattn.plan import PLAN_KINDS, Direction, PlanKind, check_choice
+from simattn.plan import PLAN_KINDS, PlanKind, check_choice
 from simattn.planning import DEFAULT_HARDWARE, Capacity, get_capacity
-from simattn.problem import AttentionProblem, Window, checked_integer
+from simattn.problem import AttentionProblem, Direction, Window, checked_integer
 from simattn.tables import byte_text, text_table
 from simattn.traffic import COUNTERS, Traffic
 
@@ -843,8 +843,8 @@ class _Plans:
             # One object would be the plan of two programs in training.
             check_choice("plan", plan, PLAN_KINDS)
         spec = get_algorithm(algorithm)
-        if not spec.is_softmax:
-            known = [name for name, item in ALGORITHMS.items() if item.is_softmax]
+        if not spec.takes_any_mask:
+            known = [name for name, item in ALGORITHMS.items() if item.takes_any_mask]
             raise ValueError(f"algorithm={algorithm!r}: expected attention with a softmax in a layer, one of {known}")
         for name, value in options.items():
             if name not in spec.own_arguments:
@@ -1024,7 +1024,8 @@ class _Simulation:
         problem = self.work.problem
         q = self.values["q"].reshape(problem.batch, problem.q_len, problem.heads, problem.head_dim)
         k, v = self.keys_and_values
-        return Inputs({"q": q, "k": k, "v": v, **more}, problem.dtype)
+        arrays = {"q": q, "k": k, "v": v, **more}
+        return Inputs(arrays, {**AttentionProblem.shape_arguments(arrays), "dtype": problem.dtype})
 
     def _multiply(self, step: Product, direction: Direction, plans: _Plans) -> None:
         part, values = _product_part(

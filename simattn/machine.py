@@ -17,7 +17,7 @@ What is charged
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,13 +28,12 @@ import numpy.typing as npt
 from simattn.arithmetic.floating import FloatArithmetic, HiddenElements, add_in_place
 from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype
 from simattn.masks import Rows, VisibleRows, all_rows
-from simattn.problem import AttentionProblem
+from simattn.problem import AttentionProblem, Heads
 from simattn.tables import byte_text
 from simattn.traffic import COUNTERS, ArrayTraffic, Traffic
 
 Values = npt.NDArray[Any]
 Place = Literal["sram", "registers"]
-Heads = Literal["query", "kv"]
 Role = Literal["input", "output", "saved", "workspace"]
 
 STACKED_ELEMENTS = 1 << 20
@@ -54,7 +53,7 @@ class Array:
     name
         Name in the traffic table.
     heads
-        Whether there is one matrix per query head or one per KV head.
+        Whether there is a matrix for every query head or KV head, or one for all batch entries and heads.
     rows, columns
         Shape of each matrix.
     dtype
@@ -62,7 +61,8 @@ class Array:
     role
         "input", "output", "saved" for the backward pass, or "workspace".
     values
-        Shape (batch · kv_heads, group or 1, rows, columns) when simulating, else None.
+        Shape (batch · kv_heads, group or 1, rows, columns) when simulating, of one matrix for all (1, 1, rows,
+        columns), else None.
     """
 
     name: str
@@ -201,19 +201,33 @@ class Machine:
         """Bytes of the declared memory arrays, by role."""
         total: dict[str, int] = {}
         for array in self.arrays.values():
-            matrices = self.problem.batch * self._heads_of(array.heads)
+            matrices = self._streams_of(array.heads) * self._group_of(array.heads)
             size = matrices * array.rows * array.columns * ITEM_BYTES[array.dtype]
             total[array.role] = total.get(array.role, 0) + size
         return total
 
-    def take_over(self, other: Machine) -> None:
-        """Add what another machine counted, and whatever of its tiles was larger."""
+    def inside(self, problem: AttentionProblem, arrays: Mapping[str, Array]) -> Machine:
+        """Return a machine for a part of the work that is a problem of its own, to be taken over when it has run.
+
+        Parameters
+        ----------
+        problem
+            Shapes and mask of the part.
+        arrays
+            What its program finds in memory, by the name that it looks for; charged under each array's own name.
+        """
+        inner = Machine(problem, self.sram_bytes, self.register_bytes, self.arithmetic)
+        inner.arrays.update(arrays)
+        return inner
+
+    def take_over(self, other: Machine, times: int = 1) -> None:
+        """Add what another machine counted, so many times, and whatever of its tiles was larger."""
         for name, counts in other._counters.items():
             mine = self._counters.setdefault(name, dict.fromkeys(COUNTERS, 0))
             for counter, count in counts.items():
-                mine[counter] += count
+                mine[counter] += times * count
         for name, count in vars(other.operations).items():
-            self._operations[name] += count
+            self._operations[name] += times * count
         for place, used in other.peak_bytes.items():
             self.peak_bytes[place] = max(self.peak_bytes[place], used)
 
@@ -232,15 +246,15 @@ class Machine:
     ) -> Array:
         """Declare an array in device memory; when simulating it starts as NaN unless ``values`` are given."""
         if self.arithmetic is not None and values is None:
-            streams, group = self.problem.batch * self.problem.kv_heads, self._group_of(heads)
+            streams, group = self._streams_of(heads), self._group_of(heads)
             stored = numpy_dtype(dtype) if self.arithmetic.rounds_to_storage else self.arithmetic.dtype
             values = np.full((streams, group, rows, columns), np.nan, dtype=stored)
         made = Array(name, heads, rows, columns, dtype, role, values)
         self.arrays[name] = made
         return made
 
-    def _heads_of(self, heads: Heads) -> int:
-        return self.problem.heads if heads == "query" else self.problem.kv_heads
+    def _streams_of(self, heads: Heads) -> int:
+        return 1 if heads == "one" else self.problem.batch * self.problem.kv_heads
 
     def _group_of(self, heads: Heads) -> int:
         return self.problem.group_size if heads == "query" else 1
@@ -262,7 +276,7 @@ class Machine:
         length, tile
             The axis and its tile; None for one block per head.
         per
-            A block for every query head or for every KV head.
+            A block for every query head, for every KV head, or one for all.
         width
             Columns of the widest tile of the block, which bounds how many blocks are simulated together.
         """
@@ -348,7 +362,7 @@ class Machine:
 
     def _stacks(self, rows: Rows, per: Heads, width: int) -> Iterator[tuple[tuple[int, int], Rows]]:
         """Split streams and tiles into stacks of a bounded size; counting takes all at once."""
-        streams = self.problem.batch * self.problem.kv_heads
+        streams = self._streams_of(per)
         if self.arithmetic is None:
             yield (0, streams), rows
             return
@@ -542,8 +556,10 @@ class Machine:
             total, parts = self._view(array, rows, columns), [self._read(tile)]
             if not self._is_stacked(rows, columns):
                 parts = _slices(parts, axis=1)
-            if array.heads == "kv":
+            if array.heads != "query":
                 parts = _slices(parts, axis=2)
+            if array.heads == "one":
+                parts = _slices(parts, axis=0)
             for part in parts:  # one by one, so that the order of the sum is known
                 total = total + part
             self._assign(array, rows, columns, total)
@@ -584,7 +600,7 @@ class Machine:
         """Return the array's elements of the present streams as (streams, stack, group, rows, columns)."""
         assert array.values is not None
         state = self._state
-        values = array.values[state.streams[0] : state.streams[1]]
+        values = array.values if array.heads == "one" else array.values[state.streams[0] : state.streams[1]]
         if array.heads == "query" and state.group is not None:
             values = values[:, state.group : state.group + 1]
         if rows is not None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from simattn.machine import Place
-from simattn.problem import AttentionProblem, checked_integer
+from simattn.problem import AttentionProblem, Direction, checked_integer
 
-Direction = Literal["forward", "backward"]
 PlanKind = Literal["paper", "fit", "gpu"]
 PLAN_KINDS: tuple[PlanKind, ...] = ("paper", "fit", "gpu")
 

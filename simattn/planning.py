@@ -9,10 +9,9 @@ from typing import Any
 
 from simattn.algorithms.algorithm import Algorithm
 from simattn.hardware import Hardware, get_hardware
-from simattn.machine import CapacityError, Heads, Machine
+from simattn.machine import CapacityError, Machine
 from simattn.plan import (
     PLAN_KINDS,
-    Direction,
     Plan,
     PlanKind,
     Tiles,
@@ -22,7 +21,7 @@ from simattn.plan import (
     first_fitting,
     largest_fitting,
 )
-from simattn.problem import AttentionProblem, checked_integer
+from simattn.problem import AttentionProblem, Direction, checked_integer
 from simattn.tables import byte_text
 
 DEFAULT_HARDWARE = "H100-SXM"
@@ -179,30 +178,18 @@ def declare_inputs(
 ) -> None:
     """Declare the arrays that a program finds in memory: its inputs and what the forward pass left."""
     values = values or {}
-    inputs: tuple[tuple[str, int, int, Heads], ...] = (
-        ("q", problem.q_len, problem.head_dim, "query"),
-        ("k", problem.kv_len, problem.head_dim, "kv"),
-        ("v", problem.kv_len, problem.value_dim, "kv"),
-    )
-    for name, rows, columns, heads in inputs:
+    for name, shape in problem.inputs(direction).items():
         machine.array(
             name,
-            rows,
-            columns,
-            dtype=problem.dtype,
-            heads=heads,
+            shape.rows,
+            shape.columns,
+            dtype=shape.dtype or problem.dtype,
+            heads=shape.heads,
             role="input",
             values=values.get(name),
         )
-        if problem.is_float8:
+    if problem.is_float8:
+        for name in "qkv":
             machine.array(f"{name}_descale", 1, 1, heads="kv", role="input", values=values.get(f"{name}_descale"))
     if direction == "backward":
-        machine.array(
-            "dout",
-            problem.q_len,
-            problem.value_dim,
-            dtype=problem.output_dtype,
-            role="input",
-            values=values.get("dout"),
-        )
         algorithm.declare_saved(machine, problem, plan)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,38 @@ from simattn.masks import BlockMask, Rows, Visibility, VisibleRows, is_integer
 from simattn.sums import ceil_div
 
 Window = tuple[int | None, int | None]
+Direction = Literal["forward", "backward", "decode"]
+Heads = Literal["query", "kv", "one"]
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """Shape and storage of an array that a program is given.
+
+    Attributes
+    ----------
+    rows, columns
+        Of each matrix.
+    heads
+        Whether there is a matrix for every query head ("query") or KV head ("kv") of every batch entry, or a single
+        one for all, such as weights ("one").
+    dtype
+        Storage format; None is the problem's.
+    gradient
+        Whether the backward pass returns its gradient, ``d`` before the name.
+    """
+
+    rows: int
+    columns: int
+    heads: Heads = "query"
+    dtype: str | None = None
+    gradient: bool = True
+
+    def user_shape(self, problem: AttentionProblem) -> tuple[int, ...]:
+        """Return the shape that callers give: (batch, rows, heads, columns), or (rows, columns) of a single matrix."""
+        if self.heads == "one":
+            return (self.rows, self.columns)
+        return (problem.batch, self.rows, problem.heads if self.heads == "query" else problem.kv_heads, self.columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +97,9 @@ class AttentionProblem:
 
     is_causal: ClassVar[bool] = False
     """Whether all problems of the class are causal."""
+
+    own_inputs: ClassVar[tuple[str, ...]] = ()
+    """Names of the arrays that its programs may be given besides q, k, v and dout."""
 
     def __post_init__(self) -> None:
         for name, default in (("kv_heads", self.heads), ("kv_len", self.q_len), ("value_dim", self.head_dim)):
@@ -125,10 +161,80 @@ class AttentionProblem:
         """Storage format of the output: that of the inputs, bfloat16 for eight-bit inputs."""
         return "bfloat16" if self.is_float8 else self.dtype
 
+    def inputs(self, direction: Direction) -> dict[str, InputShape]:
+        """Return the arrays that a program is given, by name."""
+        arrays = {
+            "q": InputShape(self.q_len, self.head_dim),
+            "k": InputShape(self.kv_len, self.head_dim, "kv"),
+            "v": InputShape(self.kv_len, self.value_dim, "kv"),
+        }
+        if direction == "backward":
+            arrays["dout"] = InputShape(self.q_len, self.value_dim, gradient=False)
+        return arrays
+
     @classmethod
-    def example_arguments(cls, heads: int) -> list[dict[str, Any]]:
-        """Return values of the fields that a subclass adds, of so many query heads, to test with."""
+    def shape_arguments(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+        """Return the fields that follow from the arrays that a caller gives.
+
+        Parameters
+        ----------
+        arrays
+            ``q``, ``k``, ``v`` and, of a backward pass, ``dout``, of four dimensions.
+
+        Raises
+        ------
+        ValueError
+            If their shapes do not fit together.
+        """
+        q, k, v = (arrays[name] for name in "qkv")
+        expected = {
+            "k": (q.shape[0], k.shape[1], k.shape[2], q.shape[3]),
+            "v": (*k.shape[:3], v.shape[3]),
+            "dout": (*q.shape[:3], v.shape[3]),
+        }
+        for name, shape in expected.items():
+            if name in arrays and arrays[name].shape != shape:
+                raise ValueError(
+                    f"{name} has shape {arrays[name].shape}: expected {shape} for q of shape {q.shape} and k of shape "
+                    f"{k.shape}"
+                )
+        return {
+            "batch": q.shape[0],
+            "heads": q.shape[2],
+            "kv_heads": k.shape[2],
+            "q_len": q.shape[1],
+            "kv_len": k.shape[1],
+            "head_dim": q.shape[3],
+            "value_dim": v.shape[3],
+        }
+
+    def check_direction(self, direction: Direction) -> None:
+        """Raise a ValueError if the problem is none of this direction's."""
+
+    @classmethod
+    def adapted(cls, given: dict[str, Any], direction: Direction) -> dict[str, Any]:
+        """Return the fields of any problem, changed where the direction takes no such problem, to test with."""
+        return given
+
+    @classmethod
+    def example_arguments(cls, problem: AttentionProblem, direction: Direction) -> list[dict[str, Any]]:
+        """Return values of the fields that a subclass adds, for a problem of this shape, to test with."""
         return [{}]
+
+    def settled(self, inputs: Mapping[str, npt.NDArray[Any]]) -> AttentionProblem:
+        """Return the problem with every choice that its definition makes by these inputs written down.
+
+        Roundings then change no choice, so that results in any precision can be compared.
+        """
+        return self
+
+    def draw_inputs(self, direction: Direction, generator: np.random.Generator) -> dict[str, npt.NDArray[Any]]:
+        """Return random values of the arrays besides q, k, v and dout, to test with."""
+        return {
+            name: generator.standard_normal(shape.user_shape(self))
+            for name, shape in self.inputs(direction).items()
+            if name in self.own_inputs
+        }
 
     def of_one_row(self) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip."""

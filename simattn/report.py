@@ -25,8 +25,8 @@ from simattn.arithmetic.formats import FLOAT8
 from simattn.bounds import compulsory_traffic
 from simattn.comparison import compare
 from simattn.hardware import HARDWARE, Hardware, get_hardware, table
-from simattn.plan import Direction
 from simattn.planning import DEFAULT_HARDWARE
+from simattn.problem import Direction
 from simattn.roofline import time_bounds, work_of
 from simattn.tables import byte_text, csv_text, json_text, text_table
 

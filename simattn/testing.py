@@ -48,7 +48,7 @@ from simattn.algorithms.algorithm import Algorithm
 from simattn.arithmetic.formats import numpy_dtype
 from simattn.masks import BlockMask
 from simattn.plan import Tiles
-from simattn.problem import AttentionProblem, Window
+from simattn.problem import AttentionProblem, Direction, Window
 from simattn.sums import ceil_div
 
 __all__ = [
@@ -182,7 +182,9 @@ def attention_problems(
 
 
 @st.composite
-def problems_of(draw: st.DrawFn, /, algorithm: Algorithm, **arguments: Any) -> AttentionProblem:
+def problems_of(
+    draw: st.DrawFn, /, algorithm: Algorithm, direction: Direction = "forward", **arguments: Any
+) -> AttentionProblem:
     """Draw a problem that an algorithm takes, with the fields that its problems have besides.
 
     Parameters
@@ -191,18 +193,18 @@ def problems_of(draw: st.DrawFn, /, algorithm: Algorithm, **arguments: Any) -> A
         Supplied by hypothesis.
     algorithm
         An entry of :data:`simattn.ALGORITHMS`.
+    direction
+        Which of its programs is to take the problem.
     **arguments
-        As for :func:`attention_problems`; a problem without a softmax has no window, no block mask and no scale, and as
-        many keys as queries under a causal mask.
+        As for :func:`attention_problems`; what the algorithm does not take of such a problem is changed.
     """
-    if algorithm.is_softmax:
+    if algorithm.takes_any_mask:
         return draw(attention_problems(**arguments))
-    problem = draw(attention_problems(**{**arguments, "windowed": False, "block_sparse": False}))
-    given = {item.name: getattr(problem, item.name) for item in fields(AttentionProblem)} | {"scale": None}
-    own = draw(st.sampled_from(algorithm.problem_class.example_arguments(problem.heads)))
-    if problem.causal or algorithm.problem_class.is_causal:
-        given["kv_len"] = problem.q_len
-    return algorithm.problem_class(**given, **own)
+    problem = draw(attention_problems(**arguments))
+    given = {item.name: getattr(problem, item.name) for item in fields(AttentionProblem)}
+    given = algorithm.problem_class.adapted(given, direction)
+    examples = algorithm.problem_class.example_arguments(AttentionProblem(**given), direction)
+    return algorithm.problem_class(**given, **draw(st.sampled_from(examples)))
 
 
 @st.composite
@@ -279,6 +281,7 @@ def attention_inputs(
     problem: AttentionProblem,
     *,
     backward: bool = False,
+    direction: Direction | None = None,
     kinds: Sequence[InputKind] = INPUT_KINDS,
     hidden_is_finite: bool = True,
 ) -> Inputs:
@@ -292,6 +295,8 @@ def attention_inputs(
         The problem.
     backward
         Whether to add the gradient of the output.
+    direction
+        "forward", "backward" or "decode", in place of ``backward``.
     kinds
         Kinds of numbers to draw from; see :data:`INPUT_KINDS`.
     hidden_is_finite
@@ -302,23 +307,26 @@ def attention_inputs(
     -------
     dict of arrays in the storage format
         ``q`` (batch, q_len, heads, head_dim), ``k`` (batch, kv_len, kv_heads, head_dim), ``v`` (batch,
-        kv_len, kv_heads, value_dim) and, if asked for, ``dout`` (batch, q_len, heads, value_dim).
+        kv_len, kv_heads, value_dim), if asked for ``dout`` (batch, q_len, heads, value_dim), and what else the
+        problem's programs are given.
     """
     kind = draw(st.sampled_from(kinds))
     generator = _generator(draw)
-    inputs = _INPUT_MAKERS[kind](problem, generator)
-    if backward:
-        shape = (problem.batch, problem.q_len, problem.heads, problem.value_dim)
-        inputs["dout"] = generator.standard_normal(shape)
+    direction = direction or ("backward" if backward else "forward")
+    shapes = problem.inputs(direction)
+    inputs = _INPUT_MAKERS[kind](problem, generator, {name: shapes[name].user_shape(problem) for name in "qkv"})
+    if "dout" in shapes:
+        inputs["dout"] = generator.standard_normal(shapes["dout"].user_shape(problem))
+    inputs |= problem.draw_inputs(direction, generator)
     if not hidden_is_finite:
         seen = problem.visible_elements()
         hidden = {"q": ~seen.any(axis=1), "k": ~seen.any(axis=0)}
         special = np.array([np.nan, np.inf, -np.inf])
-        for name, array in inputs.items():
+        for name in {"q", "k", "v", "dout"} & set(inputs):
+            array = inputs[name]
             rows = np.flatnonzero(hidden["q" if name in ("q", "dout") else "k"])
             array[:, rows] = generator.choice(special, array[:, rows].shape)
-    stored = numpy_dtype(problem.dtype)
-    return {name: array.astype(stored) for name, array in inputs.items()}
+    return {name: array.astype(numpy_dtype(shapes[name].dtype or problem.dtype)) for name, array in inputs.items()}
 
 
 @st.composite
@@ -344,26 +352,21 @@ def _generator(draw: st.DrawFn) -> np.random.Generator:
     return np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
 
-def _shapes(problem: AttentionProblem) -> dict[str, tuple[int, int, int, int]]:
-    return {
-        "q": (problem.batch, problem.q_len, problem.heads, problem.head_dim),
-        "k": (problem.batch, problem.kv_len, problem.kv_heads, problem.head_dim),
-        "v": (problem.batch, problem.kv_len, problem.kv_heads, problem.value_dim),
-    }
+Shapes = dict[str, tuple[int, ...]]
 
 
-def _normal(problem: AttentionProblem, generator: np.random.Generator) -> Inputs:
-    return {name: generator.standard_normal(shape) for name, shape in _shapes(problem).items()}
+def _normal(problem: AttentionProblem, generator: np.random.Generator, shapes: Shapes) -> Inputs:
+    return {name: generator.standard_normal(shape) for name, shape in shapes.items()}
 
 
-def _peaked(problem: AttentionProblem, generator: np.random.Generator) -> Inputs:
-    inputs = _normal(problem, generator)
+def _peaked(problem: AttentionProblem, generator: np.random.Generator, shapes: Shapes) -> Inputs:
+    inputs = _normal(problem, generator, shapes)
     inputs["q"] *= 8
     return inputs
 
 
-def _wide_exponents(problem: AttentionProblem, generator: np.random.Generator) -> Inputs:
-    inputs = _normal(problem, generator)
+def _wide_exponents(problem: AttentionProblem, generator: np.random.Generator, shapes: Shapes) -> Inputs:
+    inputs = _normal(problem, generator, shapes)
     widest = WIDEST_EXPONENT[problem.dtype]
     columns = generator.integers(-widest, widest + 1, problem.head_dim)
     inputs["q"] = np.ldexp(inputs["q"], columns)
@@ -373,14 +376,15 @@ def _wide_exponents(problem: AttentionProblem, generator: np.random.Generator) -
     return inputs
 
 
-def _repeated_maxima(problem: AttentionProblem, generator: np.random.Generator) -> Inputs:
-    inputs = {name: generator.integers(-2, 3, shape).astype(np.float64) for name, shape in _shapes(problem).items()}
-    if problem.kv_len:
-        inputs["k"] = inputs["k"][:, generator.integers(0, max(1, problem.kv_len // 4), problem.kv_len)]
+def _repeated_maxima(problem: AttentionProblem, generator: np.random.Generator, shapes: Shapes) -> Inputs:
+    inputs = {name: generator.integers(-2, 3, shape).astype(np.float64) for name, shape in shapes.items()}
+    rows = inputs["k"].shape[1]
+    if rows:
+        inputs["k"] = inputs["k"][:, generator.integers(0, max(1, rows // 4), rows)]
     return inputs
 
 
-_INPUT_MAKERS: dict[InputKind, Callable[[AttentionProblem, np.random.Generator], Inputs]] = {
+_INPUT_MAKERS: dict[InputKind, Callable[[AttentionProblem, np.random.Generator, Shapes], Inputs]] = {
     "normal": _normal,
     "peaked": _peaked,
     "wide_exponents": _wide_exponents,

@@ -200,13 +200,13 @@ def test_run_backward_refuses_what_has_no_backward():
 @every_program
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_results_have_the_shapes_and_types_of_their_inputs(name, direction, dtype):
-    inputs = arrays(kv_len=6 if ALGORITHMS[name].is_softmax else 4, dtype=dtype)
+    inputs = arrays(kv_len=6 if ALGORITHMS[name].takes_any_mask else 4, dtype=dtype)
     before = {key: array.copy() for key, array in inputs.items()}
     if direction == "forward":
         run = simattn.run(name, **inputs, causal=True)
         assert run.out.shape == (2, 4, 4, 5)
         assert run.out.dtype == dtype
-        if ALGORITHMS[name].is_softmax:
+        if ALGORITHMS[name].takes_any_mask:
             assert run.lse.shape == (2, 4, 4)
             assert run.lse.dtype == np.float32
         else:
@@ -226,7 +226,7 @@ def test_results_have_the_shapes_and_types_of_their_inputs(name, direction, dtyp
 def test_runs_repeat_to_the_bit(name, direction):
     gradient = {} if direction == "forward" else {"dout": np.ones((2, 4, 4, 5), np.float32)}
     call = simattn.run if direction == "forward" else simattn.run_backward
-    inputs = arrays(kv_len=6 if ALGORITHMS[name].is_softmax else 4)
+    inputs = arrays(kv_len=6 if ALGORITHMS[name].takes_any_mask else 4)
     one, two = (call(name, **inputs, **gradient) for _ in range(2))
     for key in ("out", "lse", "dq", "dk", "dv"):
         if getattr(one, key) is not None:

@@ -28,7 +28,7 @@ from simattn.testing import attention_problems, tiles_for
 PROGRAMS = [
     (name, direction)
     for name, algorithm in ALGORITHMS.items()
-    if algorithm.is_softmax
+    if algorithm.takes_any_mask
     for direction in algorithm.directions
 ]
 

@@ -42,7 +42,7 @@ def test_rows_are_the_counts_of_the_calls(kv_heads, group, head_dim, layers, len
     assert {(row.phase, row.algorithm) for row in compared.rows} == {(p, a) for p in PHASES for a in ALGORITHMS}
     for row in compared.rows:
         if row.refusal is not None:
-            assert not ALGORITHMS[row.algorithm].is_softmax
+            assert not ALGORITHMS[row.algorithm].takes_any_mask
             assert all(getattr(row, name) is None for name in NUMBERS)
             continue
         run = simattn.profile(row.algorithm, **arguments_of(row, shape, length, batch))

@@ -236,7 +236,7 @@ def arguments_of(problem):
 @given(data=st.data())
 def test_tables_are_the_closed_forms(algorithm, direction, data):
     spec = simattn.ALGORITHMS[algorithm]
-    dtypes = ["float32", "bfloat16", *(["float8_e4m3fn"] if direction == "forward" and spec.is_softmax else [])]
+    dtypes = ["float32", "bfloat16", *(["float8_e4m3fn"] if direction == "forward" and spec.takes_any_mask else [])]
     problem = data.draw(problems_of(spec, dtypes=dtypes))
     tiles = data.draw(tiles_for(problem, with_depth=simattn.ALGORITHMS[algorithm].chunks_columns))
     options = data.draw(plan_options(simattn.ALGORITHMS[algorithm]))

@@ -23,7 +23,7 @@ from simattn.matrix_products import ColumnSum, MatrixProduct, ProductTiles, Term
 from simattn.testing import assert_within_error_budget, plan_options, windows
 from simattn.traffic import COUNTERS
 
-FORWARD = [name for name, spec in ALGORITHMS.items() if spec.is_softmax and "forward" in spec.directions]
+FORWARD = [name for name, spec in ALGORITHMS.items() if spec.takes_any_mask and "forward" in spec.directions]
 BOTH = [name for name in FORWARD if "backward" in ALGORITHMS[name].directions]
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -929,7 +929,7 @@ def test_running_backward_refuses_an_algorithm_without_a_backward_pass():
         SELF.run_backward(**inputs, dy=inputs["x"], algorithm="small_cache")
 
 
-@pytest.mark.parametrize("algorithm", [name for name, spec in ALGORITHMS.items() if not spec.is_softmax])
+@pytest.mark.parametrize("algorithm", [name for name, spec in ALGORITHMS.items() if not spec.takes_any_mask])
 def test_algorithms_without_a_softmax_are_refused(algorithm):
     with pytest.raises(ValueError, match=rf"algorithm='{algorithm}': expected attention with a softmax"):
         AttentionLayer(model_width=8, heads=2, head_dim=4).profile("prefill", length=4, algorithm=algorithm)

@@ -21,7 +21,7 @@ EXAMPLES = settings.default.max_examples
 PROGRAMS = [(name, direction) for name, algorithm in ALGORITHMS.items() for direction in algorithm.directions]
 every_program = pytest.mark.parametrize(("name", "direction"), PROGRAMS)
 every_algorithm = pytest.mark.parametrize("name", list(ALGORITHMS))
-every_softmax = pytest.mark.parametrize("name", [name for name, item in ALGORITHMS.items() if item.is_softmax])
+every_softmax = pytest.mark.parametrize("name", [name for name, item in ALGORITHMS.items() if item.takes_any_mask])
 
 
 def arguments_of(problem):

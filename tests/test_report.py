@@ -124,7 +124,7 @@ def test_counts_are_those_of_the_calls(written):
     for row in rows:
         arguments = {**report.SHAPES[row["shape"]].arguments, "direction": row["direction"]}
         if row["error"] is not None:
-            assert not simattn.ALGORITHMS[row["algorithm"]].is_softmax
+            assert not simattn.ALGORITHMS[row["algorithm"]].takes_any_mask
             with pytest.raises(ValueError, match=re.escape(row["error"])):
                 simattn.count(row["algorithm"], **arguments)
             continue

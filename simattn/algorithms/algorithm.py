@@ -8,8 +8,8 @@ from typing import Any
 
 from simattn.hardware import Hardware
 from simattn.machine import Machine
-from simattn.plan import Direction, Plan, PlanKind, PlanT, Tiles
-from simattn.problem import AttentionProblem
+from simattn.plan import Plan, PlanKind, PlanT, Tiles
+from simattn.problem import AttentionProblem, Direction
 from simattn.traffic import Traffic
 
 Program = Callable[[Machine, Any, Any], None]
@@ -46,6 +46,10 @@ class Algorithm:
         Its plan type.
     problem_class
         Its problems: attention with a softmax, or a subclass whose fields are arguments of the calls too.
+    reference
+        Its definition, of problems of its own: (problem, inputs by name, and what intermediate results are rounded by)
+        → results by name. It computes in the precision of its inputs: ``out``, the log-sum-exp ``lse`` if it has one,
+        with ``dout`` among the inputs the gradients, and in a decoding step the new states.
     programs, closed_forms
         By direction.
     paper_tiles
@@ -73,6 +77,7 @@ class Algorithm:
     summary: str
     plan_class: type[Plan]
     problem_class: type[AttentionProblem] = AttentionProblem
+    reference: Callable[..., dict[str, Any]] | None = None
     programs: Mapping[Direction, Program]
     closed_forms: Mapping[Direction, ClosedForm]
     paper_tiles: Callable[[AttentionProblem, int, Direction], Tiles]
@@ -85,8 +90,8 @@ class Algorithm:
     complete_plan: Callable[[AttentionProblem, Any, int], Any] = _already_complete
 
     @property
-    def is_softmax(self) -> bool:
-        """Whether its results are those of attention with a softmax, of any mask."""
+    def takes_any_mask(self) -> bool:
+        """Whether its results are those of attention with a softmax under any mask that a problem can have."""
         return self.problem_class is AttentionProblem
 
     @property

@@ -26,8 +26,8 @@ from simattn.algorithms.steps import (
 )
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine
-from simattn.plan import Direction, Plan, Tiles, check_choice
-from simattn.problem import AttentionProblem
+from simattn.plan import Plan, Tiles, check_choice
+from simattn.problem import AttentionProblem, Direction
 from simattn.traffic import ArrayTraffic, Traffic
 
 # Config and validation

@@ -9,6 +9,7 @@ from simattn.algorithms import forms
 from simattn.algorithms.algorithm import Algorithm
 from simattn.algorithms.kernels import (
     BackwardArrays,
+    ForwardArrays,
     GroupedGradient,
     convert,
     declare_backward,
@@ -28,8 +29,8 @@ from simattn.algorithms.steps import (
 )
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine
-from simattn.plan import Direction, Plan, PlanKind, Tiles, candidates, check_choice, check_flag
-from simattn.problem import AttentionProblem, checked_integer
+from simattn.plan import Plan, PlanKind, Tiles, candidates, check_choice, check_flag
+from simattn.problem import AttentionProblem, Direction, checked_integer
 from simattn.sums import ceil_div
 from simattn.traffic import Traffic
 
@@ -83,7 +84,11 @@ class Flash2Plan(Plan):
 
 def forward(machine: Machine, problem: AttentionProblem, plan: Flash2Plan) -> None:
     """Each thread block keeps one query tile and its output on chip and streams the keys and values past it."""
-    arrays = declare_forward(machine, problem, plan)
+    attend(machine, problem, plan, declare_forward(machine, problem, plan))
+
+
+def attend(machine: Machine, problem: AttentionProblem, plan: Flash2Plan, arrays: ForwardArrays) -> None:
+    """Attend from and to the given arrays, as :func:`forward` does."""
     tiles, place = plan.tiles, plan.accumulators
     width = max(tiles.kv, problem.head_dim, problem.value_dim)
     staged_as = problem.dtype if plan.stage_probabilities else None

@@ -13,8 +13,8 @@ from simattn.algorithms import flash2
 from simattn.algorithms.algorithm import Algorithm
 from simattn.hardware import Hardware
 from simattn.machine import Machine, Values
-from simattn.plan import Direction, PlanKind, Tiles, candidates
-from simattn.problem import AttentionProblem, PackedProblem, checked_integer
+from simattn.plan import PlanKind, Tiles, candidates
+from simattn.problem import AttentionProblem, Direction, PackedProblem, checked_integer
 from simattn.traffic import Traffic
 
 # Config and validation
@@ -54,7 +54,7 @@ def forward(machine: Machine, problem: AttentionProblem, plan: Flash3Plan) -> No
         flash2.forward(machine, problem, plan)
         return
     rows = PackedProblem.of(problem, packed)
-    inner = Machine(rows, machine.sram_bytes, machine.register_bytes, machine.arithmetic)
+    inner = machine.inside(rows, {})
     for array in machine.arrays.values():
         values = array.values
         if values is not None and array.heads == "query":

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from simattn.machine import Array, Heads, Machine, Tile
+from simattn.machine import Array, Machine, Tile
 from simattn.masks import Rows
 from simattn.plan import Plan
-from simattn.problem import AttentionProblem
+from simattn.problem import AttentionProblem, Heads
 
 
 @dataclass

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from simattn.algorithms import linear
 from simattn.algorithms.algorithm import Algorithm
-from simattn.problem import AttentionProblem, checked_integer
+from simattn.problem import AttentionProblem, Direction, checked_integer
 
 # Config and validation
 
@@ -99,8 +99,9 @@ class Lightning2Problem(linear.RecurrentProblem):
         object.__setattr__(self, "slopes", slopes)
 
     @classmethod
-    def example_arguments(cls, heads: int) -> list[dict[str, Any]]:
+    def example_arguments(cls, problem: AttentionProblem, direction: Direction) -> list[dict[str, Any]]:
         """Return every convention, and slopes of heads that never decay and that forget at once."""
+        heads = problem.heads
         named = [{"slopes": name, "layer": layer, "layers": 3} for name in CONVENTIONS for layer in (0, 2)]
         return [*named, {"slopes": [0.0] * heads}, {"slopes": [0.3 * (1 + head % 9) for head in range(heads)]}]
 
@@ -131,6 +132,7 @@ ALGORITHM = Algorithm(
     summary="Linear attention with weights that decay with distance; masked products within tiles, a state between.",
     plan_class=Lightning2Plan,
     problem_class=Lightning2Problem,
+    reference=linear.reference,
     programs={"forward": linear.forward, "backward": linear.backward},
     closed_forms={"forward": linear.closed_form_forward, "backward": linear.closed_form_backward},
     paper_tiles=linear.paper_tiles,

@@ -19,8 +19,8 @@ from simattn.algorithms.kernels import GroupedGradient, copied_out, declare_grad
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Place, Tile
 from simattn.masks import Rows
-from simattn.plan import Direction, Plan, Tiles, candidates, check_choice, check_flag
-from simattn.problem import AttentionProblem, checked_integer
+from simattn.plan import Plan, Tiles, candidates, check_choice, check_flag
+from simattn.problem import AttentionProblem, Direction, checked_integer
 from simattn.traffic import Traffic
 
 Values = npt.NDArray[Any]
@@ -136,6 +136,14 @@ class RecurrentProblem(AttentionProblem):
                 "with their keys"
             )
 
+    @classmethod
+    def adapted(cls, given: dict[str, Any], direction: Direction) -> dict[str, Any]:
+        """Return the fields without what a state cannot have."""
+        changed = {**given, "window": None, "block_mask": None, "scale": None}
+        if given["causal"] or cls.is_causal:
+            changed["kv_len"] = given["q_len"]
+        return changed
+
     def of_one_row(self) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip, under the same mask."""
         return replace(super().of_one_row(), causal=self.causal)
@@ -182,7 +190,7 @@ class LinearProblem(RecurrentProblem):
         check_flag("normalised", self.normalised)
 
     @classmethod
-    def example_arguments(cls, heads: int) -> list[dict[str, Any]]:
+    def example_arguments(cls, problem: AttentionProblem, direction: Direction) -> list[dict[str, Any]]:
         """Return feature maps, divided where no sum of weights can vanish by cancellation, and not."""
         divided = [{"feature_map": name} for name in FEATURE_MAPS if name != "identity"]
         return [*divided, *({"feature_map": name, "normalised": False} for name in FEATURE_MAPS)]
@@ -610,6 +618,7 @@ ALGORITHM = Algorithm(
     summary="A state of head_dim × value_dim stands for all keys and values before; no softmax.",
     plan_class=LinearPlan,
     problem_class=LinearProblem,
+    reference=reference,
     programs={"forward": forward, "backward": backward},
     closed_forms={"forward": closed_form_forward, "backward": closed_form_backward},
     paper_tiles=paper_tiles,

@@ -32,8 +32,8 @@ from simattn.algorithms.steps import (
 )
 from simattn.machine import Array, Machine, Tile
 from simattn.masks import Rows
-from simattn.plan import Direction, Plan, Tiles, check_choice
-from simattn.problem import AttentionProblem
+from simattn.plan import Plan, Tiles, check_choice
+from simattn.problem import AttentionProblem, Direction
 from simattn.traffic import Traffic
 
 # Config and validation

@@ -14,8 +14,8 @@ from simattn.algorithms.algorithm import Algorithm
 from simattn.algorithms.kernels import declare_forward, descales, fill
 from simattn.hardware import Hardware
 from simattn.machine import Machine
-from simattn.plan import Direction, Plan, Tiles, candidates, cubic_tiles, depth_of
-from simattn.problem import AttentionProblem
+from simattn.plan import Plan, Tiles, candidates, cubic_tiles, depth_of
+from simattn.problem import AttentionProblem, Direction
 from simattn.traffic import Traffic
 
 # Config and validation

@@ -25,8 +25,8 @@ from simattn.arithmetic.formats import ITEM_BYTES
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Tile
 from simattn.masks import Rows
-from simattn.plan import Direction, Plan, Tiles, candidates, check_choice, cubic_tiles, depth_of
-from simattn.problem import AttentionProblem
+from simattn.plan import Plan, Tiles, candidates, check_choice, cubic_tiles, depth_of
+from simattn.problem import AttentionProblem, Direction
 from simattn.sums import ceil_div
 from simattn.traffic import Traffic
 

@@ -72,6 +72,19 @@ def update_softmax(
     machine.matmul(scores, v, place=state.out.place, hidden=hidden, into=state.out)
 
 
+def take_partial(machine: Machine, state: SoftmaxState, out: Tile, lse: Tile) -> None:
+    """Take the normalised output of some keys and its log-sum-exp into the running softmax, and overwrite both.
+
+    O = Σ_s e^(L_s − L) O_s with L = log Σ_s e^(L_s), of parts s that share no key.
+    """
+    correction = machine.update_row_max(state.row_max, lse)
+    machine.exponential(lse, state.row_max)
+    machine.update_row_sum(state.row_sum, lse, correction=correction)
+    machine.rescale(state.out, correction)
+    machine.rescale(out, lse)
+    machine.add(state.out, out)
+
+
 def finish_softmax(
     machine: Machine,
     state: SoftmaxState,

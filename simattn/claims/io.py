@@ -46,8 +46,7 @@ from simattn.claims.rules import (
 )
 from simattn.claims.sources import FLASH1, FLASH2, ONLINE_SOFTMAX, SAHA_YE, VERSUS
 from simattn.masks import BlockMask
-from simattn.plan import Direction
-from simattn.problem import AttentionProblem
+from simattn.problem import AttentionProblem, Direction
 from simattn.sums import ceil_div
 from simattn.tables import byte_text
 

@@ -8,7 +8,7 @@ from simattn.bounds import PowerLaw, fit_exponents
 from simattn.claims.model import DOES_NOT_HOLD, HOLDS, Claim, Evidence, claim
 from simattn.claims.rules import DRIFT_LIMIT, FLOAT32_BYTES, counted, crossing, fused_algorithms
 from simattn.claims.sources import ADVANCED, FLASH1, IN_LLMS, OVERVIEW, VERSUS
-from simattn.plan import Direction
+from simattn.problem import Direction
 from simattn.tables import byte_text
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")

@@ -6,7 +6,7 @@ from simattn.api import Run
 from simattn.claims.model import HOLDS, Claim, Evidence, claim
 from simattn.claims.rules import counted, equality_evidence
 from simattn.claims.sources import ADVANCED, LIGHTNING2, LINEAR
-from simattn.plan import Direction
+from simattn.problem import Direction
 
 LENGTHS = tuple(1 << exponent for exponent in (10, 14, 20, 24))
 LENGTHS_RANGE = "N = 2¹⁰…2²⁴; d = 64, 128; 16 heads; bfloat16, plan gpu"

@@ -47,7 +47,9 @@ def fused_algorithms() -> list[str]:
 
 def forward_algorithms() -> list[str]:
     """Return every registered program with a forward pass."""
-    return [name for name, algorithm in ALGORITHMS.items() if algorithm.is_softmax and "forward" in algorithm.programs]
+    return [
+        name for name, algorithm in ALGORITHMS.items() if algorithm.takes_any_mask and "forward" in algorithm.programs
+    ]
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def best_elements(point: Point, direction: str = "forward") -> tuple[int, str]:
     """Return the least elements that any registered program moves at a point, and which program it is."""
     found = []
     for name, algorithm in ALGORITHMS.items():
-        if not algorithm.is_softmax:
+        if not algorithm.takes_any_mask:
             continue
         if direction in algorithm.programs:
             try:

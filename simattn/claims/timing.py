@@ -11,8 +11,7 @@ from simattn.claims.model import DOES_NOT_HOLD, HOLDS, TIMING_ONLY, Claim, Evide
 from simattn.claims.rules import counted
 from simattn.claims.sources import ADVANCED, FLASH1, FLASH2, FLASH3, OVERVIEW, VERSUS
 from simattn.hardware import get_hardware
-from simattn.plan import Direction
-from simattn.problem import AttentionProblem
+from simattn.problem import AttentionProblem, Direction
 from simattn.roofline import PUBLISHED, PublishedCheck, PublishedTime, Work, check_published, spilled_bytes
 
 SCORE_ARRAYS = ("scores", "probabilities", "dprobabilities", "dscores")

@@ -32,11 +32,11 @@ EXAMPLES = settings.default.max_examples
 PROGRAMS = [
     (name, direction)
     for name, algorithm in ALGORITHMS.items()
-    if algorithm.is_softmax
+    if algorithm.takes_any_mask
     for direction in algorithm.directions
 ]
 every_program = pytest.mark.parametrize(("name", "direction"), PROGRAMS)
-every_algorithm = pytest.mark.parametrize("name", [name for name, item in ALGORITHMS.items() if item.is_softmax])
+every_algorithm = pytest.mark.parametrize("name", [name for name, item in ALGORITHMS.items() if item.takes_any_mask])
 
 MASK_ARGUMENTS = ("scale", "causal", "window", "block_mask")
 RESULTS = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv")}

@@ -40,7 +40,7 @@ COUNTED = [
     (name, direction, mask)
     for name, direction in PROGRAMS
     for mask in MASKS
-    if mask != "window" or simattn.ALGORITHMS[name].is_softmax
+    if mask != "window" or simattn.ALGORITHMS[name].takes_any_mask
 ]
 
 
