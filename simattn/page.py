@@ -15,7 +15,7 @@ from simattn import plots
 from simattn.report import (
     DIRECTIONS,
     SHAPES,
-    TIMED_SHAPE,
+    TIMED_SHAPES,
     cells,
     figure_text,
     memory_cell,
@@ -175,14 +175,17 @@ def _memory(report: Report) -> str:
 
 
 def _times(report: Report) -> str:
-    timed = [row for row in report.tables["times"] if row["shape"] == TIMED_SHAPE]
+    described = "; ".join(
+        f"{escape(name)}: {escape(SHAPES[name].description)}" for name in dict.fromkeys(TIMED_SHAPES.values())
+    )
     parts = [
-        f"<p>{escape(TIMED_SHAPE)}: {escape(SHAPES[TIMED_SHAPE].description)}. Each resource at its published peak, "
+        f"<p>{described}. Each resource at its published peak, "
         "all overlapped perfectly, for the bytes and operations of the program with that GPU's tiles: no run of it can "
         "be faster, another program can. The resource named sets the bound. The papers' model, all traffic at HBM "
         "bandwidth, is no bound, because the L2 cache serves a part.</p>"
     ]
-    for direction in DIRECTIONS:
+    for direction, shape in TIMED_SHAPES.items():
+        timed = [row for row in report.tables["times"] if row["shape"] == shape]
         parts += [
             f"<h3>{direction.capitalize()}: bound</h3>",
             _table(*cells(timed, direction, time_cell, by="hardware")),

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from simattn.algorithms import ALGORITHMS
+from simattn.algorithms.algorithm import Algorithm
 from simattn.api import Run, closed_form, profile
 from simattn.arithmetic.formats import FLOAT8
 from simattn.bounds import compulsory_traffic
@@ -45,7 +46,8 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "decode")
+"""Directions that have tables: in "decode" a program without a decoding step of its own runs its forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +62,31 @@ class Shape:
         What it stands for.
     arguments
         Arguments of :func:`simattn.count`.
+    is_step
+        Whether it is a decoding step.
     """
 
     name: str
     description: str
     arguments: Mapping[str, Any]
+    is_step: bool = False
 
-    @property
-    def directions(self) -> tuple[Direction, ...]:
-        """Directions that are counted: forward alone for eight-bit storage, which has no backward pass."""
-        return ("forward",) if self.arguments["dtype"] in FLOAT8 else DIRECTIONS
+    def programs(self, spec: Algorithm) -> Iterator[tuple[Direction, Direction]]:
+        """Yield what is counted of an algorithm: the direction, and the direction of the program that is run for it.
+
+        Eight-bit storage has no backward pass.
+        """
+        if self.is_step:
+            if spec.step_direction is not None:
+                yield "decode", spec.step_direction
+            return
+        for direction in spec.directions:
+            if direction == "forward" or (direction == "backward" and self.arguments["dtype"] not in FLOAT8):
+                yield direction, direction
 
 
-def _shape(name: str, description: str, **arguments: Any) -> Shape:
-    return Shape(name=name, description=description, arguments=MappingProxyType(arguments))
+def _shape(name: str, description: str, *, is_step: bool = False, **arguments: Any) -> Shape:
+    return Shape(name=name, description=description, arguments=MappingProxyType(arguments), is_step=is_step)
 
 
 _GROUPED: Mapping[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "causal": True}
@@ -124,13 +137,28 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
                 "gqa-4k stored in eight bits, forward",
                 q_len=4096, **{**_GROUPED, "dtype": "float8_e4m3fn"},
             ),
+            _shape(
+                "step-8k",
+                "a decoding step of 64 sequences of 8192 tokens, 32 query heads on 8 KV heads of 128",
+                batch=64, q_len=1, kv_len=1 << 13, is_step=True, **_GROUPED,
+            ),
+            _shape(
+                "step-128k",
+                "a decoding step of one sequence of 131 072 tokens, the same heads",
+                q_len=1, kv_len=1 << 17, is_step=True, **_GROUPED,
+            ),
         )
     }
 )  # fmt: skip
 """The problems of the report, by name."""
 
-TIMED_SHAPE = "mha-4k"
-"""The shape whose times are printed and that stands under the roof; its format exists on every GPU of the table."""
+TIMED_SHAPES: Mapping[Direction, str] = MappingProxyType(
+    {"forward": "mha-4k", "backward": "mha-4k", "decode": "step-8k"}
+)
+"""The shapes whose times are printed."""
+
+ROOFLINE_SHAPE = "mha-4k"
+"""The shape that stands under the roof; its format exists on every GPU of the table."""
 
 COMPARED_MODEL, COMPARED_LENGTH = "Llama-3-8B", 1 << 17
 """Whose attention every algorithm is compared on."""
@@ -150,21 +178,26 @@ def count_rows(hardware: Hardware, advance: Callable[[str], None]) -> list[Row]:
     rows = []
     for shape in SHAPES.values():
         for name, spec in ALGORITHMS.items():
-            for direction in spec.directions:
-                if direction in shape.directions:
-                    rows.append(_count_row(shape, name, direction, hardware))
+            for direction, program in shape.programs(spec):
+                rows.append(_count_row(shape, name, direction, program, hardware))
         advance(f"counted {shape.name}")
     return rows
 
 
-def _count_row(shape: Shape, algorithm: str, direction: Direction, hardware: Hardware) -> Row:
-    row: Row = {"shape": shape.name, "algorithm": algorithm, "direction": direction, "error": None}
-    arguments = {**shape.arguments, "direction": direction, "hardware": hardware}
+def _count_row(shape: Shape, algorithm: str, direction: Direction, program: Direction, hardware: Hardware) -> Row:
+    row: Row = {
+        "shape": shape.name,
+        "algorithm": algorithm,
+        "direction": direction,
+        "program": program,
+        "error": None,
+    }
+    arguments = {**shape.arguments, "direction": program, "hardware": hardware}
     try:
         run = profile(algorithm, **arguments)
     except ValueError as error:
         return {**row, "error": str(error)}
-    traffic, compulsory = run.traffic, compulsory_traffic(run.problem, direction).hbm_bytes
+    traffic, compulsory = run.traffic, compulsory_traffic(run.problem, program).hbm_bytes
     return {
         **row,
         "tiles_q": run.plan.tiles.q,
@@ -204,10 +237,10 @@ def time_rows(counts: Sequence[Row], advance: Callable[[str], None]) -> list[Row
 
 
 def _time_row(counted: Row, gpu: Hardware) -> Row:
-    row = {name: counted[name] for name in ("shape", "algorithm", "direction")}
+    row = {name: counted[name] for name in ("shape", "algorithm", "direction", "program")}
     row |= {"hardware": gpu.name, "error": None}
     try:
-        run = profile(row["algorithm"], **SHAPES[row["shape"]].arguments, direction=row["direction"], hardware=gpu)
+        run = profile(row["algorithm"], **SHAPES[row["shape"]].arguments, direction=row["program"], hardware=gpu)
         bounds = time_bounds(work_of(run), gpu)
     except ValueError as error:
         return {**row, "error": str(error)}
@@ -415,10 +448,12 @@ def pictures(hardware: Hardware) -> list[Picture]:
         ),
         Picture(
             "roofline",
-            f"Roofline ({TIMED_SHAPE})",
+            f"Roofline ({ROOFLINE_SHAPE})",
             "Filled markers are forward, hollow ones backward, each at the rate that its own bytes and operations "
             "allow at most. A marker above the HBM roof relies on the L2 cache.",
-            lambda: plots.roofline(hardware, _roofline_points(hardware), dtype=SHAPES[TIMED_SHAPE].arguments["dtype"]),
+            lambda: plots.roofline(
+                hardware, _roofline_points(hardware), dtype=SHAPES[ROOFLINE_SHAPE].arguments["dtype"]
+            ),
         ),
         *(
             Picture(
@@ -445,8 +480,9 @@ def _runs(shape: str, hardware: Hardware, direction: Direction) -> list[Run]:
 
 def _roofline_points(hardware: Hardware) -> list[tuple[str, float, float]]:
     points = []
-    for direction in DIRECTIONS:
-        for run in _runs(TIMED_SHAPE, hardware, direction):
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    for direction in directions:
+        for run in _runs(ROOFLINE_SHAPE, hardware, direction):
             flops = run.operations.matmul_flops
             rate = flops / time_bounds(work_of(run), hardware).seconds
             points.append((f"{run.algorithm} {direction}", flops / run.traffic.hbm_bytes, rate))
@@ -492,10 +528,10 @@ def report_text(report: Report) -> str:
             f"Memory beyond inputs and outputs, {direction}: workspace, and what is saved for the backward pass",
             _matrix(counts, direction, memory_cell),
         ]
-    timed = [row for row in report.tables["times"] if row["shape"] == TIMED_SHAPE]
-    for direction in DIRECTIONS:
+    for direction, shape in TIMED_SHAPES.items():
+        timed = [row for row in report.tables["times"] if row["shape"] == shape]
         parts += [
-            f"Least time of {TIMED_SHAPE} {direction} on each GPU, and the resource that sets it",
+            f"Least time of {shape} {direction} on each GPU, and the resource that sets it",
             _matrix(timed, direction, time_cell, by="hardware"),
         ]
     parts.append(f"Closed forms: {equal} of {len(counted)} counts equal their formula, byte for byte.")

@@ -15,6 +15,11 @@ from simattn.algorithms import ALGORITHMS
 
 PROGRAMS = [(name, direction) for name, algorithm in ALGORITHMS.items() for direction in algorithm.directions]
 every_program = pytest.mark.parametrize(("name", "direction"), PROGRAMS)
+# Problems of their own may take other arrays: tests/algorithms/test_own_problems.py runs them.
+every_masked_program = pytest.mark.parametrize(
+    ("name", "direction"), [(name, direction) for name, direction in PROGRAMS if ALGORITHMS[name].takes_any_mask]
+)
+CALLS = {"forward": simattn.run, "backward": simattn.run_backward, "decode": simattn.run_decode}
 
 
 def arrays(q_len=4, kv_len=6, heads=4, kv_heads=2, head_dim=8, value_dim=5, batch=2, dtype=np.float32):
@@ -84,6 +89,7 @@ def test_signatures_show_the_arguments(call):
 
 COUNT_REFUSED = [
     ({"algorithm": "flash4"}, ValueError, "algorithm='flash4' is unknown; expected one of .*'flash2'"),
+    ({"direction": "sideways"}, ValueError, r"direction='sideways' of flash2: expected one of \('forward', 'back"),
     ({"direction": "decode"}, ValueError, r"direction='decode' of flash2: expected one of \('forward', 'backward'\)"),
     (
         {"algorithm": "small_cache", "direction": "backward"},
@@ -197,23 +203,22 @@ def test_run_backward_refuses_what_has_no_backward():
 # Results
 
 
-@every_program
+@every_masked_program
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_results_have_the_shapes_and_types_of_their_inputs(name, direction, dtype):
-    inputs = arrays(kv_len=6 if ALGORITHMS[name].takes_any_mask else 4, dtype=dtype)
+    inputs = arrays(dtype=dtype)
     before = {key: array.copy() for key, array in inputs.items()}
-    if direction == "forward":
-        run = simattn.run(name, **inputs, causal=True)
+    if direction != "backward":
+        run = CALLS[direction](name, **inputs, causal=True)
         assert run.out.shape == (2, 4, 4, 5)
         assert run.out.dtype == dtype
-        if ALGORITHMS[name].takes_any_mask:
-            assert run.lse.shape == (2, 4, 4)
-            assert run.lse.dtype == np.float32
-        else:
-            assert run.lse is None
+        assert run.lse.shape == (2, 4, 4)
+        assert run.lse.dtype == np.float32
         assert run.dq is run.dk is run.dv is None
+        assert set(run.results) == {"out", "lse"}
     else:
         run = simattn.run_backward(name, **inputs, dout=np.ones((2, 4, 4, 5), dtype), causal=True)
+        assert set(run.results) == {"dq", "dk", "dv"}
         for gradient, key in ((run.dq, "q"), (run.dk, "k"), (run.dv, "v")):
             assert gradient.shape == inputs[key].shape
             assert gradient.dtype == dtype
@@ -222,12 +227,10 @@ def test_results_have_the_shapes_and_types_of_their_inputs(name, direction, dtyp
         assert (array == before[key]).all()
 
 
-@every_program
+@every_masked_program
 def test_runs_repeat_to_the_bit(name, direction):
-    gradient = {} if direction == "forward" else {"dout": np.ones((2, 4, 4, 5), np.float32)}
-    call = simattn.run if direction == "forward" else simattn.run_backward
-    inputs = arrays(kv_len=6 if ALGORITHMS[name].takes_any_mask else 4)
-    one, two = (call(name, **inputs, **gradient) for _ in range(2))
+    gradient = {"dout": np.ones((2, 4, 4, 5), np.float32)} if direction == "backward" else {}
+    one, two = (CALLS[direction](name, **arrays(), **gradient) for _ in range(2))
     for key in ("out", "lse", "dq", "dk", "dv"):
         if getattr(one, key) is not None:
             np.testing.assert_array_equal(getattr(one, key), getattr(two, key))
@@ -246,7 +249,8 @@ def test_strided_inputs_are_read_as_they_are():
 
 @every_program
 def test_the_repr_of_a_run_is_its_report(name, direction):
-    run = simattn.profile(name, q_len=1 << 20, head_dim=64, direction=direction)
+    lengths = {"q_len": 1, "kv_len": 1 << 20} if direction == "decode" else {"q_len": 1 << 20}
+    run = simattn.profile(name, **lengths, head_dim=64, direction=direction)
     text = repr(run)
     assert text.startswith(f"{name} {direction}: tiles of {run.plan.tiles.q} query")
     assert f"{run.operations.matmul_flops:,}" in text

@@ -20,8 +20,12 @@ EXAMPLES = settings.default.max_examples
 
 PROGRAMS = [(name, direction) for name, algorithm in ALGORITHMS.items() for direction in algorithm.directions]
 every_program = pytest.mark.parametrize(("name", "direction"), PROGRAMS)
-every_algorithm = pytest.mark.parametrize("name", list(ALGORITHMS))
-every_softmax = pytest.mark.parametrize("name", [name for name, item in ALGORITHMS.items() if item.takes_any_mask])
+every_algorithm = pytest.mark.parametrize(
+    ("name", "direction"), [(name, algorithm.directions[0]) for name, algorithm in ALGORITHMS.items()]
+)
+every_masked = pytest.mark.parametrize(
+    ("name", "direction"), [(name, item.directions[0]) for name, item in ALGORITHMS.items() if item.takes_any_mask]
+)
 
 
 def arguments_of(problem):
@@ -75,22 +79,22 @@ def test_tiles_refused(tiles, error, words):
     ids=str,
 )
 @every_algorithm
-def test_common_options_refused(name, options, error, words):
+def test_common_options_refused(name, direction, options, error, words):
     with pytest.raises(error, match=words):
-        simattn.count(name, q_len=8, **options)
+        simattn.count(name, q_len=8, direction=direction, **options)
 
 
 @every_algorithm
-def test_every_option_refuses_nonsense(name):
+def test_every_option_refuses_nonsense(name, direction):
     for item in fields(ALGORITHMS[name].plan_class):
         with pytest.raises((ValueError, TypeError), match=item.name):
-            simattn.count(name, q_len=8, **{item.name: "nonsense"})
+            simattn.count(name, q_len=8, direction=direction, **{item.name: "nonsense"})
 
 
 @every_algorithm
-def test_unknown_options_are_named(name):
+def test_unknown_options_are_named(name, direction):
     with pytest.raises(TypeError, match=f"'tile_size' is no argument and no plan option of {name}; options: .*'tiles'"):
-        simattn.count(name, q_len=8, tile_size=3)
+        simattn.count(name, q_len=8, direction=direction, tile_size=3)
 
 
 def test_another_algorithms_plan_is_refused():
@@ -107,10 +111,10 @@ def test_unknown_plans_are_refused(plan):
 @every_program
 def test_a_plan_serves_in_place_of_its_arguments(name, direction):
     shape = {"q_len": 100, "head_dim": 16, "direction": direction}
-    plan = simattn.default_plan(name, **shape, sram_bytes=20_000, repeat_kv=True)
+    plan = simattn.default_plan(name, **shape, sram_bytes=20_000, accumulators="registers")
     given = simattn.profile(name, **shape, plan=plan, sram_bytes=20_000)
     assert given.plan == plan
-    assert given.traffic == simattn.count(name, **shape, sram_bytes=20_000, repeat_kv=True)
+    assert given.traffic == simattn.count(name, **shape, sram_bytes=20_000, accumulators="registers")
     smaller = simattn.default_plan(name, **shape, plan=plan, tiles=(2, 2))
     assert smaller == replace(plan, tiles=Tiles(q=2, kv=2))
 
@@ -119,14 +123,14 @@ MASK = BlockMask.from_array(np.ones((2, 2), bool), q_block=24, kv_block=20)
 MASKED = AttentionProblem(q_len=48, kv_len=40, head_dim=8, block_mask=MASK)
 
 
-@every_softmax
+@every_masked
 @pytest.mark.parametrize(
     ("tiles", "words"),
     [((16, 20), r"tiles\.q=16 does not divide block_mask\.q_block=24"), ((8, 3), r"tiles\.kv=3 does not divide")],
 )
-def test_tiles_that_do_not_divide_blocks_are_refused(name, tiles, words):
+def test_tiles_that_do_not_divide_blocks_are_refused(name, direction, tiles, words):
     with pytest.raises(ValueError, match=words):
-        simattn.count(name, **arguments_of(MASKED), tiles=tiles)
+        simattn.count(name, **arguments_of(MASKED), direction=direction, tiles=tiles)
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
@@ -146,7 +150,7 @@ def test_largest_fitting_finds_the_boundary(limit):
 @settings(max_examples=EXAMPLES // 2)
 @given(data=st.data(), sram_bytes=st.integers(100, 300_000))
 def test_chosen_tiles_fit(name, direction, data, sram_bytes):
-    problem = data.draw(problems_of(ALGORITHMS[name], max_len=300, head_dims=(1, 16, 64, 128)))
+    problem = data.draw(problems_of(ALGORITHMS[name], direction, max_len=300, head_dims=(1, 16, 64, 128)))
     options = data.draw(plan_options(ALGORITHMS[name]))
     options["accumulators"] = "sram"
     options.pop("softmax_passes", None)  # 1 demands whole rows on chip, whether they fit or not
@@ -203,7 +207,8 @@ def test_machine_arguments_refused(arguments, error, words):
         simattn.count("flash2", q_len=8, **arguments)
 
 
-@pytest.mark.parametrize("name", [name for name, spec in simattn.ALGORITHMS.items() if not spec.chunks_columns])
-def test_refuses_chunks_of_columns_that_the_algorithm_does_not_take(name):
-    with pytest.raises(ValueError, match=f"tiles.depth=8: {name} takes all columns"):
-        simattn.count(name, q_len=16, tiles=(16, 16, 8))
+@every_algorithm
+def test_refuses_chunks_of_columns_that_the_algorithm_does_not_take(name, direction):
+    if not ALGORITHMS[name].chunks_columns:
+        with pytest.raises(ValueError, match=f"tiles.depth=8: {name} takes all columns"):
+            simattn.count(name, q_len=16, direction=direction, tiles=(16, 16, 8))

@@ -95,6 +95,13 @@ class Algorithm:
         return self.problem_class is AttentionProblem
 
     @property
+    def step_direction(self) -> Direction | None:
+        """The program that a decoding step runs: its own, or the forward pass of few queries; None if there is none."""
+        if "decode" in self.programs:
+            return "decode"
+        return "forward" if self.takes_any_mask and "forward" in self.programs else None
+
+    @property
     def own_arguments(self) -> list[str]:
         """Names of the fields that its problems and its plan add to the arguments of a count."""
         shared = {item.name for item in fields(AttentionProblem)}

@@ -36,10 +36,12 @@ PROGRAMS = [
     for direction in algorithm.directions
 ]
 every_program = pytest.mark.parametrize(("name", "direction"), PROGRAMS)
-every_algorithm = pytest.mark.parametrize("name", [name for name, item in ALGORITHMS.items() if item.takes_any_mask])
+every_forward = pytest.mark.parametrize("name", [name for name, direction in PROGRAMS if direction == "forward"])
+every_backward = pytest.mark.parametrize("name", [name for name, direction in PROGRAMS if direction == "backward"])
 
 MASK_ARGUMENTS = ("scale", "causal", "window", "block_mask")
-RESULTS = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv")}
+RESULTS = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv"), "decode": ("out", "lse")}
+CALLS = {"forward": simattn.run, "backward": simattn.run_backward, "decode": simattn.run_decode}
 
 
 def arguments_of(problem, names=None):
@@ -73,11 +75,10 @@ stack_sizes = st.sampled_from((machine.STACKED_ELEMENTS, 1, 300))
 
 def simulate(name, direction, problem, inputs, plan, arithmetic="float32", *, stack=None, **descales):
     """Run the program that a case describes."""
-    call = simattn.run if direction == "forward" else simattn.run_backward
     masks = arguments_of(problem, MASK_ARGUMENTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "STACKED_ELEMENTS", stack or machine.STACKED_ELEMENTS)
-        return call(name, **inputs, **masks, **descales, arithmetic=arithmetic, **plan)
+        return CALLS[direction](name, **inputs, **masks, **descales, arithmetic=arithmetic, **plan)
 
 
 def results(run):
@@ -85,7 +86,7 @@ def results(run):
 
 
 def reference_results(direction, problem, inputs, **descales):
-    if direction == "forward":
+    if direction != "backward":
         values = reference_attention(problem, **inputs, **descales)
     else:
         values = reference_attention_backward(problem, **inputs)
@@ -93,7 +94,7 @@ def reference_results(direction, problem, inputs, **descales):
 
 
 def low_precision_results(direction, problem, inputs, **descales):
-    if direction == "forward":
+    if direction != "backward":
         values = low_precision_attention(problem, **inputs, **descales)
     else:
         values = low_precision_attention_backward(problem, **inputs)
@@ -127,7 +128,7 @@ def magnitudes(problem, inputs, direction):
     weights, _ = reference_attention(wide, inputs["q"], inputs["k"], identity)
     weights = np.moveaxis(weights, 1, 2)[..., : problem.kv_len]  # (batch, heads, q_len, kv_len)
     out = np.einsum("bhij,bjhd->bihd", weights, v)
-    if direction == "forward":
+    if direction != "backward":
         return {"out": growth * out, "lse": growth * np.ones(scores.shape[:3])}
     dout = absolute["dout"]
     dprobabilities = np.einsum("bihd,bjhd->bhij", dout, v)
@@ -229,7 +230,7 @@ def rounding_floor(run, bound, stored):
     return (4 * unit["float32"] + roundings * unit[stored]) * bound
 
 
-@every_algorithm
+@every_forward
 @given(data=st.data(), stack=stack_sizes)
 def test_float8_forward_scales_and_counts_its_descales(name, data, stack):
     problem, inputs, plan = data.draw(cases(name, "forward", dtypes=FLOAT8))
@@ -247,7 +248,7 @@ def test_float8_forward_scales_and_counts_its_descales(name, data, stack):
 
 
 @pytest.mark.parametrize("dtype", FLOAT8)
-@every_algorithm
+@every_backward
 def test_float8_backward_is_refused(name, dtype):
     with pytest.raises(ValueError, match=rf"backward.*{dtype}|direction='backward'"):
         simattn.count(name, q_len=8, dtype=dtype, direction="backward")
@@ -332,7 +333,7 @@ def test_visible_nan_propagates(name, direction, data, which, stack):
     queries, keys = affected_rows(problem, rows)
     batch, head = rows["where"]
     group = slice(head * problem.group_size, (head + 1) * problem.group_size)
-    if direction == "forward":
+    if direction != "backward":
         assert np.isnan(run.out[batch, queries, group]).all()
         assert np.isnan(run.lse[batch, group][:, queries]).all() == (which == "k") or not queries.any()
     else:
@@ -387,7 +388,7 @@ def test_empty_and_single(name, direction, shape):
     problem = simattn.AttentionProblem(**shape, heads=2, kv_heads=1, head_dim=4, dtype="float32")
     sizes = {"q": (problem.q_len, 2), "k": (problem.kv_len, 1), "v": (problem.kv_len, 1), "dout": (problem.q_len, 2)}
     inputs = {key: np.ones((problem.batch, *size, 4), np.float32) for key, size in sizes.items()}
-    if direction == "forward":
+    if direction != "backward":
         del inputs["dout"]
     check_simulated_counts(name, direction, problem, inputs, {})
     run = simulate(name, direction, problem, inputs, {})
@@ -396,7 +397,7 @@ def test_empty_and_single(name, direction, shape):
             (problem.batch, 2, problem.q_len) if key == "lse" else inputs[{"out": "q"}.get(key, key[1:])].shape
         )
     sees = problem.visible_elements().any(axis=1)
-    if direction == "forward":
+    if direction != "backward":
         np.testing.assert_array_equal(run.out[:, sees], 1)
         np.testing.assert_array_equal(run.out[:, ~sees], 0)
         np.testing.assert_array_equal(run.lse[:, :, ~sees], -np.inf)
@@ -614,7 +615,7 @@ def test_cases_that_failed_once(name, direction, found):
     check_float64(name, direction, problem, inputs, plan)
 
 
-@pytest.mark.parametrize("name", [name for name, direction in PROGRAMS if direction == "backward"])
+@every_backward
 def test_a_row_of_nan_leaves_the_keys_it_does_not_see(name):
     problem = simattn.AttentionProblem(q_len=5, kv_len=2, head_dim=1, dtype="float32", causal=True)
     shapes = {"q": 5, "k": 2, "v": 2, "dout": 5}
