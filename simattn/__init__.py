@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from simattn.algorithms import ALGORITHMS
     from simattn.api import Run, closed_form, count, default_plan, profile, run, run_backward, run_decode
     from simattn.claims import claims
-    from simattn.comparison import ModelShape, compare
+    from simattn.comparison import compare
     from simattn.hardware import HARDWARE
     from simattn.layers import AttentionLayer
     from simattn.machine import CapacityError, Operations
     from simattn.masks import BlockMask
+    from simattn.models import MODELS, ModelShape
     from simattn.plan import Plan, Tiles
     from simattn.problem import AttentionProblem
     from simattn.sweep import sweep
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALGORITHMS",
     "HARDWARE",
+    "MODELS",
     "ArrayTraffic",
     "AttentionLayer",
     "AttentionProblem",
@@ -54,7 +56,8 @@ _MODULE_OF = {
     **dict.fromkeys(["Run", "closed_form", "count", "default_plan", "profile"], "api"),
     **dict.fromkeys(["run", "run_backward", "run_decode"], "api"),
     **dict.fromkeys(["CapacityError", "Operations"], "machine"),
-    **dict.fromkeys(["ModelShape", "compare"], "comparison"),
+    **dict.fromkeys(["MODELS", "ModelShape"], "models"),
+    "compare": "comparison",
     **dict.fromkeys(["Plan", "Tiles"], "plan"),
     **dict.fromkeys(["ArrayTraffic", "Traffic"], "traffic"),
     "ALGORITHMS": "algorithms",

@@ -399,7 +399,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 def _parser() -> argparse.ArgumentParser:
     from simattn import __doc__ as description
     from simattn.algorithms import ALGORITHMS
-    from simattn.comparison import MODELS
+    from simattn.models import MODELS
 
     parser = _Parser(prog="simattn", description=description)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
@@ -581,7 +581,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from simattn.comparison import MODELS, PHASES, ModelShape, compare
+    from simattn.comparison import PHASES, compare
+    from simattn.models import MODELS, ModelShape
     from simattn.plan import check_choice
 
     given = _given(arguments, [*(argument.name for argument in _MODEL), "window"])
@@ -629,7 +630,8 @@ def _draw_comparison(compared: Comparison, phases: Sequence[Phase], path: str) -
 
 
 def _kv_cache(arguments: argparse.Namespace) -> int:
-    from simattn.kv_cache import DEFAULT_MAX_TOKENS, MODELS, compare_allocators
+    from simattn.kv_cache import DEFAULT_MAX_TOKENS, compare_allocators
+    from simattn.models import MODELS
     from simattn.plan import check_choice
     from simattn.tables import byte_text, json_text
 
@@ -639,7 +641,7 @@ def _kv_cache(arguments: argparse.Namespace) -> int:
         given = _given(arguments, [argument.name for argument in _SHAPE])
         if "key_dim" in given:
             given.setdefault("value_dim", given["key_dim"])
-        shape = dataclasses.replace(MODELS[arguments.model], **given)
+        shape = dataclasses.replace(MODELS[arguments.model].cache, **given)
         pool_tokens = arguments.pool_tokens
         if pool_tokens is None:
             pool_tokens = shape.tokens_in(12 << 30 if arguments.pool_bytes is None else arguments.pool_bytes)

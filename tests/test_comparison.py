@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simattn
-from simattn import ModelShape, compare, plots
+from simattn import MODELS, ModelShape, compare, plots
 from simattn.algorithms import ALGORITHMS
 from simattn.bounds import compulsory_traffic
 from simattn.cli import main
-from simattn.comparison import MODELS, PHASES
+from simattn.comparison import PHASES
 from simattn.roofline import time_bounds, work_of
 
 NUMBERS = ("hbm_bytes", "times_compulsory", "matmul_flops", "exponentials", "seconds", "limited_by")

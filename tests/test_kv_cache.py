@@ -15,7 +15,6 @@ from simattn.arithmetic.formats import ITEM_BYTES
 from simattn.claims import memory_management
 from simattn.kv_cache import (
     ALLOCATORS,
-    MODELS,
     STATES,
     Buddy,
     BuddyPool,
@@ -40,6 +39,7 @@ from simattn.kv_cache import (
     simulate,
     write_trace,
 )
+from simattn.models import MODELS
 
 MAX_TOKENS = 32
 
@@ -68,7 +68,7 @@ def test_bytes_are_the_sizes_of_the_arrays(layers, kv_heads, dims, dtype, batch,
 def test_grouped_heads_and_wide_keys():
     whole = CacheShape(layers=40, kv_heads=40, key_dim=128)
     assert whole.value_dim == 128
-    assert whole == MODELS["LLaMA-13B"]
+    assert whole == MODELS["LLaMA-13B"].cache
     assert whole.bytes_per_token == 2 * 40 * 40 * 128 * 2
     assert dataclasses.replace(whole, kv_heads=8).bytes_per_token * 5 == whole.bytes_per_token
     assert dataclasses.replace(whole, kv_heads=1).bytes_per_token * 40 == whole.bytes_per_token
@@ -92,7 +92,7 @@ def test_shapes_are_checked(changes, error, message):
 
 
 def test_amounts_are_checked():
-    shape = MODELS["OPT-13B"]
+    shape = MODELS["OPT-13B"].cache
     with pytest.raises(ValueError, match="batch=-1"):
         shape.bytes(batch=-1, length=3)
     with pytest.raises(TypeError, match=r"length=1\.5"):

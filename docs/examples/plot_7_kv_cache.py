@@ -8,12 +8,12 @@ length rounded up to a power of two, and one that takes pages of 16 tokens when 
 
 import matplotlib.pyplot as plt
 
-from simattn import kv_cache, plots
+from simattn import MODELS, kv_cache, plots
 
 workload = kv_cache.generate_workload(
     150, prompt=kv_cache.Geometric(161), output=kv_cache.Geometric(338), arrivals=kv_cache.Poisson(0.05)
 )
-pool_tokens = kv_cache.MODELS["OPT-13B"].tokens_in(12 << 30)
+pool_tokens = MODELS["OPT-13B"].cache.tokens_in(12 << 30)
 runs = kv_cache.compare_allocators(workload, ["buddy-pow2", "paged"], pool_tokens=pool_tokens)
 print(runs)
 

@@ -9,7 +9,6 @@ from simattn.claims.model import DOES_NOT_HOLD, HOLDS, Claim, Evidence, claim
 from simattn.claims.rules import equality_evidence
 from simattn.claims.sources import IN_LLMS, PAGED_ATTENTION
 from simattn.kv_cache import (
-    MODELS,
     Allocator,
     Buddy,
     CacheRun,
@@ -23,8 +22,9 @@ from simattn.kv_cache import (
     generate_workload,
     simulate,
 )
+from simattn.models import MODELS
 
-POOL_TOKENS = MODELS["OPT-13B"].tokens_in(12 << 30)
+POOL_TOKENS = MODELS["OPT-13B"].cache.tokens_in(12 << 30)
 """12 GB of an A100-40GB: the 15.7K slots of Kwon et al., Table 1."""
 
 PROMPT, OUTPUT = 161, 338
@@ -78,7 +78,7 @@ def used_percent(allocators: Sequence[Allocator], lengths: Sequence[str] = tuple
 )
 def kv_cache_sequence() -> Evidence:
     """Evaluate layers · length · KV heads · (d_k + d_v) · bytes: the number of layers is a factor."""
-    llama, opt = MODELS["LLaMA-13B"], MODELS["OPT-13B"]
+    llama, opt = MODELS["LLaMA-13B"].cache, MODELS["OPT-13B"].cache
     total = llama.bytes(length=2048)
     pairs = [(round(total / 1e8), 17), (opt.bytes_per_token, 800 << 10), (total, 2 * 40 * 2048 * 40 * 128 * 2)]
     return equality_evidence(

@@ -22,7 +22,7 @@ from simattn.kv_cache.allocators import (
     get_allocator,
 )
 from simattn.kv_cache.result import STATES, CacheRun, CacheRuns
-from simattn.kv_cache.shape import MODELS, CacheShape
+from simattn.kv_cache.shape import CacheShape
 from simattn.kv_cache.simulation import compare_allocators, simulate
 from simattn.kv_cache.workload import (
     DEFAULT_MAX_TOKENS,
@@ -43,7 +43,6 @@ __all__ = [
     "ALLOCATORS",
     "DEFAULT_ALLOCATORS",
     "DEFAULT_MAX_TOKENS",
-    "MODELS",
     "STATES",
     "Allocator",
     "Buddy",

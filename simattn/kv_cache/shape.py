@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from simattn.arithmetic.formats import ITEM_BYTES, storage_name
 from simattn.kv_cache.checks import checked_count
@@ -82,13 +81,3 @@ class CacheShape:
                 f"pool_bytes={pool_bytes}: expected at least the {self.bytes_per_token} bytes of one token"
             )
         return tokens
-
-
-MODELS = MappingProxyType(
-    {
-        "LLaMA-13B": CacheShape(layers=40, kv_heads=40, key_dim=128),  # Touvron et al. 2023, arXiv 2302.13971, Table 2
-        "OPT-13B": CacheShape(layers=40, kv_heads=40, key_dim=128),  # Zhang et al. 2022, arXiv 2205.01068, Table 1
-        "Llama-2-70B": CacheShape(layers=80, kv_heads=8, key_dim=128),  # Touvron et al. 2023, arXiv 2307.09288
-    }
-)
-"""Shapes of published models in float16, by name."""

@@ -173,7 +173,7 @@ def test_flash2_simulates_in_linear_memory(benchmark: Any) -> None:
 def test_the_kv_cache_serves_many_requests(benchmark: Any, allocator: str) -> None:
     lengths = {"prompt": kv_cache.Geometric(161), "output": kv_cache.Geometric(338)}
     workload = kv_cache.generate_workload(KV_CACHE_REQUESTS, **lengths)
-    pool_tokens = kv_cache.MODELS["OPT-13B"].tokens_in(12 << 30)
+    pool_tokens = simattn.MODELS["OPT-13B"].cache.tokens_in(12 << 30)
     benchmark.pedantic(
         kv_cache.simulate, args=(workload, allocator), kwargs={"pool_tokens": pool_tokens}, rounds=3, warmup_rounds=1
     )
