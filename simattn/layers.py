@@ -44,6 +44,7 @@ from simattn.matrix_products import (
     MatrixProduct,
     ProductTiles,
     Term,
+    check_tiles_fit,
     checked_tiles,
     fitting_tiles,
 )
@@ -859,6 +860,7 @@ class _Plans:
             tiles = fitting_tiles(ITEM_BYTES[layer.dtype], capacity, place)
         else:
             tiles = checked_tiles(projection_tiles)
+            check_tiles_fit(tiles, ITEM_BYTES[layer.dtype], capacity, place)
         arguments = {"plan": plan, "hardware": gpu, "sram_bytes": sram_bytes, **options}
         return cls(algorithm, arguments, capacity, place, tiles)
 

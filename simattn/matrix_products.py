@@ -96,15 +96,35 @@ def fitting_tiles(item_bytes: int, capacity: Capacity, place: Place) -> ProductT
     """
     for size in TILE_SIZES:
         tiles = ProductTiles(rows=size, columns=size, depth=max(1, size // 2))
-        operands = tiles.depth * (tiles.rows + tiles.columns) * item_bytes
-        output = tiles.rows * tiles.columns * ACCUMULATOR_BYTES
-        sram, registers = (operands, output) if place == "registers" else (operands + output, 0)
-        if sram <= capacity.sram_bytes and (capacity.register_bytes is None or registers <= capacity.register_bytes):
+        if _fit(tiles, item_bytes, capacity, place):
             return tiles
     raise CapacityError(
         f"sram_bytes={capacity.sram_bytes} ({byte_text(capacity.sram_bytes)}) holds no tile of a projection; "
         "expected more SRAM"
     )
+
+
+def check_tiles_fit(tiles: ProductTiles, item_bytes: int, capacity: Capacity, place: Place) -> None:
+    """Raise a CapacityError if given tiles do not fit on chip; the arguments are those of :func:`fitting_tiles`."""
+    if not _fit(tiles, item_bytes, capacity, place):
+        sram, registers = _on_chip_bytes(tiles, item_bytes, place)
+        raise CapacityError(
+            f"projection_tiles={(tiles.rows, tiles.columns, tiles.depth)} take {byte_text(sram)} of SRAM and "
+            f"{byte_text(registers)} of registers: expected at most {byte_text(capacity.sram_bytes)}"
+            + ("" if capacity.register_bytes is None else f" and {byte_text(capacity.register_bytes)}")
+        )
+
+
+def _fit(tiles: ProductTiles, item_bytes: int, capacity: Capacity, place: Place) -> bool:
+    sram, registers = _on_chip_bytes(tiles, item_bytes, place)
+    return sram <= capacity.sram_bytes and (capacity.register_bytes is None or registers <= capacity.register_bytes)
+
+
+def _on_chip_bytes(tiles: ProductTiles, item_bytes: int, place: Place) -> tuple[int, int]:
+    """Return the bytes in SRAM and in registers."""
+    operands = tiles.depth * (tiles.rows + tiles.columns) * item_bytes
+    output = tiles.rows * tiles.columns * ACCUMULATOR_BYTES
+    return (operands, output) if place == "registers" else (operands + output, 0)
 
 
 # Tiled programs

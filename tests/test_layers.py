@@ -412,7 +412,7 @@ class TestCounts:
             rows=16, columns=16, depth=8
         )
         assert layer.profile("prefill", length=64).projection_tiles == ProductTiles(rows=128, columns=128, depth=64)
-        with pytest.raises(CapacityError, match="the tiles in sram take"):
+        with pytest.raises(CapacityError, match=r"projection_tiles=\(64, 64, 64\) take 49.2 kB of SRAM"):
             layer.profile("prefill", length=64, sram_bytes=4096, projection_tiles=(64, 64, 64))
         with pytest.raises(CapacityError, match=r"sram_bytes=8 \(8 B\) holds no tile of a projection"):
             layer.profile("prefill", length=64, sram_bytes=8)

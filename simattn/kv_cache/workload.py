@@ -207,7 +207,8 @@ def generate_workload(
         Number of requests.
     prompt, output
         Distributions of the lengths, or one length for each request. Drawn lengths are cut to what the model can
-        take, the prompt first: prompts to ``max_tokens`` - 1, outputs to ``max_tokens`` - prompt. Given ones are not.
+        take, the prompt first: prompts to ``max_tokens`` - 1, outputs to ``max_tokens`` - prompt. Given ones, and a
+        :class:`Constant`, are not.
     arrivals
         None for all in step 0; :class:`Poisson`; or the step of each request, never decreasing.
     samples
@@ -234,8 +235,9 @@ def generate_workload(
 
     def lengths(name: str, given: Lengths | Sequence[int], generator: np.random.Generator, most: Any) -> Integers:
         if isinstance(given, Lengths):
-            drawn: Integers = np.minimum(given.draw(generator, requests), most)
-            return drawn
+            drawn = given.draw(generator, requests)
+            fitting: Integers = drawn if isinstance(given, Constant) else np.minimum(drawn, most)
+            return fitting
         return _listed(name, given, requests, least=1)
 
     prompts = lengths("prompt", prompt, generators[0], max_tokens - 1)
