@@ -17,21 +17,26 @@ BARS = {
     "flash2_over_numpy_causal": "",
     "slowest_count_milliseconds": "≤ 20",
     "median_count_milliseconds": "",
+    "slowest_own_count_milliseconds": "≤ 100",
+    "slowest_over_its_definition": "≤ 3",
     "count_microseconds_per_stored_block": "",
     "extra_megabytes_at_8192": "",
     "extra_megabytes_at_16384": "linear",
     "import_milliseconds_over_numpy": "≤ 50",
     "first_count_milliseconds_over_numpy": "",
-    "report_seconds_from_a_cold_start": "≤ 60",
+    "report_seconds_from_a_cold_start": "≤ 120",
     "hopper_giga_multiply_adds_per_second": "≥ 1.1",
     "kv_cache_seconds_for_100000_requests": "≤ 5",
 }
 MEANINGS = {
     "flash2_over_numpy": '`run("flash2")`, N = 4096, d = 128, one head, float32, over in-place NumPy softmax(QKᵀ)V',
     "flash2_over_numpy_causal": "the same with a causal mask (NumPy computes the whole square)",
-    "slowest_count_milliseconds": "slowest of the counts: every algorithm and direction, full, causal and windowed, "
-    "32 heads on 8, d = 128, N = 2²⁰ and 10¹²; ms",
+    "slowest_count_milliseconds": "slowest of the counts: every algorithm that takes any mask, full, causal and "
+    "windowed, 32 heads on 8, d = 128, N = 2²⁰ and 10¹²; ms",
     "median_count_milliseconds": "their median; ms",
+    "slowest_own_count_milliseconds": "slowest count of the others, with their default problems, N = 2²⁰ and 2²⁴; ms",
+    "slowest_over_its_definition": "their simulation over their definition in NumPy, N = 2048, 2 heads on 1, d = 64, "
+    "float32, causal: the highest ratio",
     "count_microseconds_per_stored_block": "count with a causal block mask of 8000 blocks, for each block; µs",
     "extra_megabytes_at_8192": 'memory that `run("flash2")` takes besides its inputs, N = 8192, d = 64; MB',
     "extra_megabytes_at_16384": "the same at N = 16384; the output grew by 2.2 MB",
@@ -51,6 +56,12 @@ def measured(benchmarks: dict[str, Any]) -> dict[str, float]:
         return float(benchmarks[name]["stats"]["median"])
 
     counts = sorted(median(name) for name in benchmarks if name.startswith("test_count["))
+    own_counts = [median(name) for name in benchmarks if name.startswith("test_count_of_own_problems[")]
+    over_definition = [
+        row["extra_info"]["median_ratio"]
+        for name, row in benchmarks.items()
+        if name.startswith("test_simulates_nearly_as_fast_as_its_definition[")
+    ]
     memory = benchmarks["test_flash2_simulates_in_linear_memory"]["extra_info"]
     imports = benchmarks["test_import_costs_little_more_than_numpy"]["extra_info"]
     ratio = "test_flash2_simulates_nearly_as_fast_as_numpy[{}]"
@@ -59,6 +70,8 @@ def measured(benchmarks: dict[str, Any]) -> dict[str, float]:
         "flash2_over_numpy_causal": benchmarks[ratio.format(True)]["extra_info"]["median_ratio"],
         "slowest_count_milliseconds": 1e3 * counts[-1],
         "median_count_milliseconds": 1e3 * counts[len(counts) // 2],
+        "slowest_own_count_milliseconds": 1e3 * max(own_counts),
+        "slowest_over_its_definition": max(over_definition),
         "count_microseconds_per_stored_block": 1e6
         * median("test_count_with_a_block_mask_is_linear_in_its_blocks[8000]")
         / 8000,
