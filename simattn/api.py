@@ -598,9 +598,12 @@ class Inputs:
             raise ValueError(
                 f"{next(iter(factors))}_descale is given for dtype {arrays['q'].dtype}: expected eight-bit inputs"
             )
-        shape_arguments = {**problem_class.shape_arguments(arrays), "dtype": dtype}
         own = {name: np.asarray(options[name]) for name in problem_class.own_inputs if name in options}
+        shape_arguments = {**problem_class.shape_arguments({**arrays, **own}), "dtype": dtype}
         others = {name: value for name, value in options.items() if name not in own}
+        for name in set(others) & set(shape_arguments):
+            if others.pop(name) != shape_arguments[name]:
+                raise ValueError(f"{name}={options[name]!r}: expected {shape_arguments[name]!r}, as the arrays have it")
         return cls({**arrays, **own}, shape_arguments, factors), others
 
     def head_major(
@@ -626,12 +629,11 @@ class Inputs:
         for name, array in self.arrays.items():
             shape = shapes[name]
             self._check(name, shape, problem, arithmetic)
-            if shape.heads == "one":
-                values[name] = np.ascontiguousarray(array)[None, None]
-                continue
+            if shape.given_shape is None and shape.heads != "one":
+                array = np.moveaxis(array, 2, 1)
+            streams = 1 if shape.heads == "one" else problem.batch * problem.kv_heads
             group = problem.group_size if shape.heads == "query" else 1
-            moved = np.ascontiguousarray(np.moveaxis(array, 2, 1))
-            values[name] = moved.reshape(problem.batch * problem.kv_heads, group, *moved.shape[2:])
+            values[name] = np.ascontiguousarray(array).reshape(streams, group, shape.rows, shape.columns)
         if problem.is_float8:
             for name in "qkv":
                 values[f"{name}_descale"] = self._descale(name, problem)
@@ -725,8 +727,15 @@ STATISTICS = ("lse", "row_max", "row_sum", "totals")
 
 def _numbers(request: _Request, machine: Machine) -> dict[str, Any]:
     """Return what a program computed: its outputs, and the log-sum-exp of a forward pass."""
+    given = request.problem.inputs(request.direction)
+
+    def in_user_layout(array: Array) -> Values:
+        if array.name in given and array.values is not None:  # a state, changed in place
+            return array.values.reshape(given[array.name].user_shape(request.problem))
+        return _user_layout(array, request.problem)
+
     results = {
-        name: _user_layout(array, request.problem)
+        name: in_user_layout(array)
         for name, array in machine.arrays.items()
         if array.values is not None and (array.role == "output" or (name == "lse" and request.direction != "backward"))
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simattn.arithmetic.formats import ITEM_BYTES
+from simattn.arithmetic.formats import ITEM_BYTES, STORED_BYTES
 from simattn.masks import Visibility
 from simattn.plan import check_choice
 from simattn.problem import AttentionProblem, Direction
@@ -48,17 +48,17 @@ def seen_columns(visibility: Visibility) -> int:
 def compulsory_traffic(problem: AttentionProblem, direction: Direction) -> Traffic:
     """Return what every implementation moves from cold caches: each input read once, each output written once.
 
-    Forward, q, k and v are read and out is written; backward, dout is read too and dq, dk and dv are written. Rows
-    that the mask hides from every row of the other side need not be read; outputs are written whole. What a forward
-    pass saves for its backward pass can be computed again, so it does not count. Grouped keys and values count once
-    per KV head.
+    Forward and in a decoding step, q, k and v are read and out is written; backward, dout is read too and dq, dk and dv
+    are written. Rows that the mask hides from every row of the other side need not be read; outputs are written whole.
+    What a forward pass saves for its backward pass can be computed again, so it does not count. Grouped keys and values
+    count once per KV head. Inputs that a problem has besides are read whole, and a state is written too.
 
     Parameters
     ----------
     problem
         The attention problem.
     direction
-        "forward", or "backward" without its forward pass.
+        "forward", "backward" without its forward pass, or "decode".
 
     Returns
     -------
@@ -76,12 +76,15 @@ def compulsory_traffic(problem: AttentionProblem, direction: Direction) -> Traff
     >>> compulsory_traffic(problem, "forward").hbm_bytes == 4 * (4 * 4096 * 64)
     True
     """
-    check_choice("direction", direction, ("forward", "backward"))
-    queries, keys = seen_columns(problem.queries_of_keys), seen_columns(problem.keys_of_queries)
+    check_choice("direction", direction, ("forward", "backward", "decode"))
+    parts = tuple(problem.of_equal_lengths())
+    queries = sum(part.batch * seen_columns(part.queries_of_keys) for part in parts)
+    keys = sum(part.batch * seen_columns(part.keys_of_queries) for part in parts)
+    every_query, every_key = problem.batch * problem.q_len, problem.batch * problem.kv_len
     stored = problem.item_bytes
 
     def bytes_of(heads: int, rows: int, columns: int, item: int = stored) -> int:
-        return problem.batch * heads * rows * columns * item
+        return heads * rows * columns * item
 
     def read(count: int) -> ArrayTraffic:
         return ArrayTraffic(hbm_read_bytes=count)
@@ -96,16 +99,24 @@ def compulsory_traffic(problem: AttentionProblem, direction: Direction) -> Traff
         "v": read(bytes_of(problem.kv_heads, keys, value_dim)),
     }
     if problem.is_float8:
-        factor = bytes_of(problem.kv_heads, min(1, keys), 1, ITEM_BYTES["float32"])
+        factor = bytes_of(problem.kv_heads, problem.batch if keys else 0, 1, ITEM_BYTES["float32"])
         moved |= {f"{name}_descale": read(factor) for name in "qkv"}
-    if direction == "forward":
+    if direction != "backward":
         item = ITEM_BYTES[problem.output_dtype]
-        moved["out"] = written(bytes_of(problem.heads, problem.q_len, value_dim, item))
+        moved["out"] = written(bytes_of(problem.heads, every_query, value_dim, item))
     else:
         moved["dout"] = read(bytes_of(problem.heads, queries, value_dim))
-        moved["dq"] = written(bytes_of(problem.heads, problem.q_len, d))
-        moved["dk"] = written(bytes_of(problem.kv_heads, problem.kv_len, d))
-        moved["dv"] = written(bytes_of(problem.kv_heads, problem.kv_len, value_dim))
+        moved["dq"] = written(bytes_of(problem.heads, every_query, d))
+        moved["dk"] = written(bytes_of(problem.kv_heads, every_key, d))
+        moved["dv"] = written(bytes_of(problem.kv_heads, every_key, value_dim))
+    matrices = {"query": problem.batch * problem.heads, "kv": problem.batch * problem.kv_heads, "one": 1}
+    for name, shape in problem.inputs(direction).items():
+        if name in problem.own_inputs:
+            item = STORED_BYTES[shape.dtype or problem.dtype]
+            whole = bytes_of(matrices[shape.heads], shape.rows, shape.columns, item)
+            moved[name] = read(whole) + written(whole if name in problem.written_inputs else 0)
+            if direction == "backward" and shape.gradient:
+                moved[f"d{name}"] = written(whole)
     return Traffic(moved)
 
 

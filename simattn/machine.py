@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simattn.arithmetic.floating import FloatArithmetic, HiddenElements, add_in_place
-from simattn.arithmetic.formats import ITEM_BYTES, numpy_dtype
+from simattn.arithmetic.formats import STORED_BYTES, numpy_dtype
 from simattn.masks import Rows, VisibleRows, all_rows
 from simattn.problem import AttentionProblem, Heads
 from simattn.tables import byte_text
@@ -202,7 +202,7 @@ class Machine:
         total: dict[str, int] = {}
         for array in self.arrays.values():
             matrices = self._streams_of(array.heads) * self._group_of(array.heads)
-            size = matrices * array.rows * array.columns * ITEM_BYTES[array.dtype]
+            size = matrices * array.rows * array.columns * STORED_BYTES[array.dtype]
             total[array.role] = total.get(array.role, 0) + size
         return total
 
@@ -527,7 +527,7 @@ class Machine:
             array.rows if rows is None else rows,
             array.columns if columns is None else columns,
             place,
-            item_bytes=ITEM_BYTES[array.dtype],
+            item_bytes=STORED_BYTES[array.dtype],
             stages=stages,
         )
         self._charge_hbm(array.name, "hbm_read_bytes", tile.nbytes)
@@ -565,7 +565,7 @@ class Machine:
             self._assign(array, rows, columns, total)
 
     def _stored_bytes(self, tile: Tile, array: Array) -> int:
-        return tile.rows * tile.columns * ITEM_BYTES[array.dtype]
+        return tile.rows * tile.columns * STORED_BYTES[array.dtype]
 
     def _tile_like(
         self,
@@ -926,7 +926,7 @@ class Machine:
             tile.columns,
             place="sram",
             capacity=(tile.capacity_rows, tile.capacity_columns),
-            item_bytes=ITEM_BYTES[dtype],
+            item_bytes=STORED_BYTES[dtype],
         )
         self._operate(reads=(tile,), writes=(staged,))
         if self.arithmetic is not None:

@@ -119,10 +119,10 @@ def check_tiles_divide_blocks(problem: AttentionProblem, tiles: Tiles) -> None:
 
 
 def dividing_tiles(problem: AttentionProblem, tiles: Tiles) -> Tiles:
-    """Return the largest tiles no larger than these that divide the blocks of the block mask, if any."""
+    """Return the largest tiles no larger than these that the keys' storage allows, or that divide a mask's blocks."""
     mask = problem.block_mask
     if mask is None:
-        return tiles
+        return replace(tiles, kv=problem.key_tile(tiles.kv))
     return replace(tiles, q=_largest_divisor(mask.q_block, tiles.q), kv=_largest_divisor(mask.kv_block, tiles.kv))
 
 

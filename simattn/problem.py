@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -35,6 +35,9 @@ class InputShape:
         Storage format; None is the problem's.
     gradient
         Whether the backward pass returns its gradient, ``d`` before the name.
+    given_shape
+        The shape that callers give in place of the usual one, its elements in the order of batch entries, heads, rows
+        and columns, or of the rows and columns of the single matrix.
     """
 
     rows: int
@@ -42,9 +45,12 @@ class InputShape:
     heads: Heads = "query"
     dtype: str | None = None
     gradient: bool = True
+    given_shape: tuple[int, ...] | None = None
 
     def user_shape(self, problem: AttentionProblem) -> tuple[int, ...]:
         """Return the shape that callers give: (batch, rows, heads, columns), or (rows, columns) of a single matrix."""
+        if self.given_shape is not None:
+            return self.given_shape
         if self.heads == "one":
             return (self.rows, self.columns)
         return (problem.batch, self.rows, problem.heads if self.heads == "query" else problem.kv_heads, self.columns)
@@ -210,6 +216,19 @@ class AttentionProblem:
 
     def check_direction(self, direction: Direction) -> None:
         """Raise a ValueError if the problem is none of this direction's."""
+
+    @property
+    def written_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that a program leaves changed, such as a state."""
+        return ()
+
+    def of_equal_lengths(self) -> Iterable[AttentionProblem]:
+        """Return problems of sequences that are equally long, which together are this one."""
+        return (self,)
+
+    def key_tile(self, rows: int) -> int:
+        """Return the most key rows of a tile, up to so many, that the storage of the keys allows."""
+        return rows
 
     @classmethod
     def adapted(cls, given: dict[str, Any], direction: Direction) -> dict[str, Any]:

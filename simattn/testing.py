@@ -234,6 +234,7 @@ def tiles_for(draw: st.DrawFn, problem: AttentionProblem, *, max_tiles: int = 12
         else:
             divisors = [size for size in range(1, block + 1) if block % size == 0 and size >= smallest]
             sizes.append(draw(st.sampled_from(divisors or [block])))
+    sizes[1] = problem.key_tile(sizes[1])
     columns = max(problem.head_dim, problem.value_dim)
     depth = draw(st.none() | st.integers(ceil_div(columns, 4), columns + 1)) if with_depth else None
     return Tiles(q=sizes[0], kv=sizes[1], depth=depth)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from simattn.arithmetic.formats import ITEM_BYTES
+from simattn.arithmetic.formats import STORED_BYTES
 from simattn.masks import all_rows
 from simattn.plan import Plan, Tiles
 from simattn.problem import AttentionProblem
 from simattn.sums import ceil_div
 from simattn.traffic import ArrayTraffic, Traffic
 
-STATISTIC_BYTES = ITEM_BYTES["float32"]
+STATISTIC_BYTES = STORED_BYTES["float32"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def matrix_bytes(
     problem: AttentionProblem, rows: int, columns: int, *, heads: int | None = None, dtype: str | None = None
 ) -> int:
     """Return the bytes of ``rows × columns`` elements for every batch entry and head."""
-    item = ITEM_BYTES[dtype] if dtype else problem.item_bytes
+    item = STORED_BYTES[dtype] if dtype else problem.item_bytes
     return problem.batch * (problem.heads if heads is None else heads) * rows * columns * item
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Place, Tile
 from simattn.masks import Rows
 from simattn.plan import Plan, Tiles, candidates, check_choice, check_flag
-from simattn.problem import AttentionProblem, Direction, checked_integer
+from simattn.problem import AttentionProblem, Direction, InputShape, checked_integer
 from simattn.traffic import Traffic
 
 Values = npt.NDArray[Any]
@@ -115,7 +115,7 @@ class RecurrentProblem(AttentionProblem):
     """A problem without a softmax, whose keys and values a state of fixed size stands for.
 
     Products of queries and keys are not scaled: ``scale`` is 1. A causal mask needs as many keys as queries; a window
-    or a block mask has no such state.
+    or a block mask has no such state. The keys of a decoding step are those of its new rows only.
     """
 
     def __post_init__(self) -> None:
@@ -143,6 +143,35 @@ class RecurrentProblem(AttentionProblem):
         if given["causal"] or cls.is_causal:
             changed["kv_len"] = given["q_len"]
         return changed
+
+    own_inputs: ClassVar[tuple[str, ...]] = ("state", "state_sum")
+
+    @property
+    def state_heads(self) -> Literal["query", "kv"]:
+        """What has a state in a decoding step: a KV head, or each of its query heads where these decay differently."""
+        return "kv" if self.decays is None else "query"
+
+    def inputs(self, direction: Direction) -> dict[str, InputShape]:
+        """Return the arrays that a program is given: in a decoding step the states in place of earlier keys."""
+        arrays = super().inputs(direction)
+        if direction == "decode":
+            d, shared = self.head_dim, (self.batch, self.kv_heads if self.state_heads == "kv" else self.heads)
+            arrays["state"] = InputShape(
+                d, self.value_dim, self.state_heads, "float32", given_shape=(*shared, d, self.value_dim)
+            )
+            if self.divides:
+                arrays["state_sum"] = InputShape(1, d, self.state_heads, "float32", given_shape=(*shared, d))
+        return arrays
+
+    @property
+    def written_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that a decoding step leaves changed."""
+        return self.own_inputs
+
+    def draw_inputs(self, direction: Direction, generator: np.random.Generator) -> dict[str, Values]:
+        """Return random states, whose sums of mapped keys are positive, as those of most feature maps are."""
+        drawn = super().draw_inputs(direction, generator)
+        return {name: 1 + np.abs(array) if name == "state_sum" else array for name, array in drawn.items()}
 
     def of_one_row(self) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip, under the same mask."""
@@ -210,7 +239,8 @@ class LinearProblem(RecurrentProblem):
 class LinearPlan(Plan):
     """Plan of linear attention: a thread block for each query head, whose state stays on chip.
 
-    Under a causal mask a tile has ``tiles.q`` queries and their keys, and ``tiles.kv`` is not used.
+    Under a causal mask a tile has ``tiles.q`` queries and their keys, and ``tiles.kv`` is not used. A decoding step has a
+    thread block for each state, which reads the keys that its heads share once; ``repeat_kv`` is not for it.
     """
 
     grouped_gradients: Literal["expand", "reduce"] = "expand"
@@ -240,6 +270,14 @@ class State:
             products=machine.full(f"{of}_products", problem.head_dim, problem.value_dim, 0.0, place=place),
             row_sum=machine.full(f"{of}_sum", 1, problem.head_dim, 0.0, place=place) if problem.divides else None,
         )
+
+    @classmethod
+    def load(cls, machine: Machine, arrays: Mapping[str, Array], place: Place) -> State:
+        """Load the state of the keys before a decoding step, by name ``state`` and, if outputs are divided, its sum."""
+        products = machine.load(arrays["state"], place=place, name="key_products")
+        if "state_sum" not in arrays:
+            return cls(products, None)
+        return cls(products, machine.load(arrays["state_sum"], place=place, name="key_sum"))
 
     def _pass(self, machine: Machine, problem: RecurrentProblem, rows: int) -> None:
         """Let so many rows go by."""
@@ -315,21 +353,56 @@ def forward(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> No
     """Each thread block keeps the state of a query head on chip and streams its rows past it."""
     k, v = copied_out(machine, plan)
     declare_saved(machine, problem, plan)
-    results = machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="output")
-    tiles, place = plan.tiles, plan.accumulators
+    out = machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="output")
     for _ in machine.thread_blocks(width=problem.head_dim * problem.value_dim):
-        state = State.empty(machine, problem, place, of="key")
-        if not problem.causal:
-            take_all(machine, problem, state, k, v, tiles.kv)
-        for rows in machine.tiles(problem.q_len, tiles.q):
-            # load
+        state = State.empty(machine, problem, plan.accumulators, of="key")
+        stream(machine, problem, plan, state, k, v, out, machine.arrays.get("totals"))
+
+
+def decode(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> None:
+    """Each thread block loads a state, streams the new rows past it and stores what it has become, in its place."""
+    k, v = machine.arrays["k"], machine.arrays["v"]
+    out = machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="output")
+    before = {name: machine.arrays[name] for name in problem.own_inputs if name in machine.arrays}
+    after = {
+        name: machine.array(name, array.rows, array.columns, heads=array.heads, role="output")
+        for name, array in before.items()
+    }
+    for _ in machine.thread_blocks(per=problem.state_heads, width=problem.head_dim * problem.value_dim):
+        # load
+        state = State.load(machine, before, plan.accumulators)
+        # compute
+        stream(machine, problem, plan, state, k, v, out)
+        # finish
+        machine.store(state.products, after["state"])
+        if state.row_sum is not None:
+            machine.store(state.row_sum, after["state_sum"])
+
+
+def stream(
+    machine: Machine,
+    problem: RecurrentProblem,
+    plan: LinearPlan,
+    state: State,
+    k: Array,
+    v: Array,
+    results: Array,
+    totals: Array | None = None,
+) -> None:
+    """Attend from all rows to the state and, under a causal mask, to those before in the tile, which it then takes."""
+    tiles, place = plan.tiles, plan.accumulators
+    if not problem.causal:
+        take_all(machine, problem, state, k, v, tiles.kv)
+    for rows in machine.tiles(problem.q_len, tiles.q):
+        # load
+        keys = values = None
+        if problem.causal:
+            keys = mapped(machine, problem, machine.load(k, rows))
+            values = machine.load(v, rows)
+        for _ in machine.group_heads():
             queries = mapped(machine, problem, machine.load(machine.arrays["q"], rows))
-            keys = values = weights = None
-            if problem.causal:
-                keys = mapped(machine, problem, machine.load(k, rows))
-                values = machine.load(v, rows)
-                weights = own_weights(machine, problem, queries, keys, rows, place)
             # compute
+            weights = None if keys is None else own_weights(machine, problem, queries, keys, rows, place)
             decay(machine, problem, queries, rows_up_to)
             out = machine.matmul(queries, state.products, place=place, name="out")
             if weights is not None and values is not None:
@@ -337,14 +410,15 @@ def forward(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> No
                 machine.matmul(weights, values, place=place, hidden=hidden, into=out)
             # finish
             if state.row_sum is not None:
-                totals = machine.matmul(queries, state.row_sum, place=place, name="totals", transpose_b=True)
+                sums = machine.matmul(queries, state.row_sum, place=place, name="totals", transpose_b=True)
                 if weights is not None:
-                    machine.update_row_sum(totals, weights)
-                machine.normalise(out, totals)
-                machine.store(totals, machine.arrays["totals"], rows)
+                    machine.update_row_sum(sums, weights)
+                machine.normalise(out, sums)
+                if totals is not None:
+                    machine.store(sums, totals, rows)
             machine.store(out, results, rows)
-            if keys is not None and values is not None:
-                state.take_keys(machine, problem, keys, values)
+        if keys is not None and values is not None:
+            state.take_keys(machine, problem, keys, values)
 
 
 def take_all(machine: Machine, problem: RecurrentProblem, state: State, k: Array, v: Array, tile: int) -> None:
@@ -499,14 +573,14 @@ def reference(
         The problem.
     inputs
         ``q``, ``k``, ``v`` and, for the gradients, ``dout``, (batch, length, heads, columns), in the precision to
-        compute in: float64 for the oracle.
+        compute in: float64 for the oracle. In a decoding step the state before it, ``state`` and ``state_sum``.
     rounded
         What weights, outputs and their gradients go through, such as a rounding to a storage format.
 
     Returns
     -------
     dict
-        ``out`` and, with ``dout``, ``dq``, ``dk`` and ``dv``, shaped like the inputs.
+        ``out``, with ``dout`` also ``dq``, ``dk`` and ``dv``, and with ``state`` the new states, shaped like the inputs.
     """
     q, k, v = (_by_head(problem, inputs[name]) for name in "qkv")
     left = _decayed_mask(problem).astype(q.dtype)
@@ -515,9 +589,17 @@ def reference(
     with np.errstate(all="ignore"):  # NaN and Inf are propagated as IEEE says, not reported
         weights = np.where(seen, rounded(queries @ keys.swapaxes(-1, -2)) * left, 0).astype(q.dtype)
         totals = weights.sum(axis=-1, keepdims=True) if problem.divides else np.ones((*weights.shape[:-1], 1), q.dtype)
+        products = _seen_product(weights, v, seen[0])
+        results = {}
+        if "state" in inputs:
+            earlier = queries * _decayed_rows(problem).astype(q.dtype)
+            products = products + earlier @ _of_every_head(problem, inputs["state"])
+            results = _new_states(problem, inputs)
+            if problem.divides:
+                totals = totals + earlier @ _of_every_head(problem, inputs["state_sum"])[..., None]
         inverse = np.where(totals == 0, 0, 1 / np.where(totals == 0, 1, totals)).astype(q.dtype)
-        out = rounded(inverse * _seen_product(weights, v, seen[0]))
-        results = {"out": np.moveaxis(out, 1, 2)}
+        out = rounded(inverse * products)
+        results["out"] = np.moveaxis(out, 1, 2)
         if "dout" in inputs:
             dout = inverse * _by_head(problem, inputs["dout"])
             dtotals = -(dout * out).sum(axis=-1, keepdims=True) if problem.divides else 0
@@ -547,6 +629,32 @@ def _by_head(problem: RecurrentProblem, array: Values) -> Values:
     return np.repeat(values, problem.heads // values.shape[1], axis=1)
 
 
+def _of_every_head(problem: RecurrentProblem, state: Values) -> Values:
+    return np.repeat(state, problem.heads // state.shape[1], axis=1)
+
+
+def _decayed_rows(problem: RecurrentProblem) -> npt.NDArray[np.float64]:
+    """Return what is left of the state before the first row at each row: (heads or 1, q_len, 1)."""
+    if problem.decays is None:
+        return np.ones((1, 1, 1))
+    left: npt.NDArray[np.float64] = problem.decays[:, None, None] ** np.arange(1, problem.q_len + 1)[:, None]
+    return left
+
+
+def _new_states(problem: RecurrentProblem, inputs: Mapping[str, Values]) -> dict[str, Values]:
+    """Return the states after all keys, of KV heads or of query heads as the problem has them."""
+    k, v = (np.moveaxis(inputs[name], 2, 1) for name in "kv")
+    keys, decays = problem.map.of(k), problem.decays
+    states = {name: inputs[name] for name in problem.own_inputs if name in inputs}
+    if decays is not None:
+        keys, v = (np.repeat(array, problem.group_size, axis=1) for array in (keys, v))
+        rates = decays[:, None, None].astype(keys.dtype)
+        keys = keys * rates ** np.arange(problem.kv_len - 1, -1, -1)[:, None]
+        states = {name: state * rates**problem.kv_len for name, state in states.items()}
+    taken = {"state": keys.swapaxes(-1, -2) @ v, "state_sum": keys.sum(axis=-2)}
+    return {name: state + taken[name] for name, state in states.items()}
+
+
 def _decayed_mask(problem: RecurrentProblem) -> npt.NDArray[np.float64]:
     """Return what is left of each weight: (heads or 1, q_len, kv_len), 0 where a key is not seen."""
     seen = problem.visible_elements().astype(np.float64)[None]
@@ -572,6 +680,25 @@ def closed_form_forward(problem: RecurrentProblem, plan: LinearPlan) -> Traffic:
     if problem.divides:
         main["totals"] = forms.written(forms.statistic_bytes(problem, problem.q_len))
     return forms.total([main, *forms.repeat_traffic(problem, plan)])
+
+
+def closed_form_decode(problem: RecurrentProblem, plan: LinearPlan) -> Traffic:
+    """Every state there and back, queries and outputs once, and the keys and values once for each state."""
+    states = problem.kv_heads if problem.state_heads == "kv" else problem.heads
+    state, state_sum = (
+        problem.batch * states * problem.head_dim * columns * forms.STATISTIC_BYTES
+        for columns in (problem.value_dim, 1)
+    )
+    main = {
+        "q": forms.read(forms.matrix_bytes(problem, problem.q_len, problem.head_dim)),
+        "k": forms.read(forms.matrix_bytes(problem, problem.kv_len, problem.head_dim, heads=states)),
+        "v": forms.read(forms.matrix_bytes(problem, problem.kv_len, problem.value_dim, heads=states)),
+        "out": forms.written(forms.matrix_bytes(problem, problem.q_len, problem.value_dim)),
+        "state": forms.read(state) + forms.written(state),
+    }
+    if problem.divides:
+        main["state_sum"] = forms.read(state_sum) + forms.written(state_sum)
+    return forms.total([main])
 
 
 def closed_form_backward(problem: RecurrentProblem, plan: LinearPlan) -> Traffic:
@@ -619,8 +746,8 @@ ALGORITHM = Algorithm(
     plan_class=LinearPlan,
     problem_class=LinearProblem,
     reference=reference,
-    programs={"forward": forward, "backward": backward},
-    closed_forms={"forward": closed_form_forward, "backward": closed_form_backward},
+    programs={"forward": forward, "backward": backward, "decode": decode},
+    closed_forms={"forward": closed_form_forward, "backward": closed_form_backward, "decode": closed_form_decode},
     paper_tiles=paper_tiles,
     fit_tiles=fit_tiles,
     gpu_tiles=gpu_tiles,

@@ -13,7 +13,10 @@ ITEM_BYTES: dict[str, int] = {
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
 }
-"""Bytes of one element of every storage format."""
+"""Bytes of one element of every storage format of queries, keys and values."""
+
+STORED_BYTES: dict[str, int] = {**ITEM_BYTES, "int32": 4}
+"""The same, and of the indices that programs read."""
 
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
@@ -44,7 +47,7 @@ def storage_name(dtype: object) -> str:
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the NumPy type of a storage format (``ml_dtypes`` supplies those NumPy lacks)."""
-    if name in ("float32", "float16"):
+    if name in ("float32", "float16", "int32"):
         return np.dtype(name)
     import ml_dtypes
 
