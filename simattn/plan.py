@@ -123,10 +123,11 @@ def dividing_tiles(problem: AttentionProblem, tiles: Tiles) -> Tiles:
     mask = problem.block_mask
     if mask is None:
         return replace(tiles, kv=problem.key_tile(tiles.kv))
-    return replace(tiles, q=_largest_divisor(mask.q_block, tiles.q), kv=_largest_divisor(mask.kv_block, tiles.kv))
+    return replace(tiles, q=largest_divisor(mask.q_block, tiles.q), kv=largest_divisor(mask.kv_block, tiles.kv))
 
 
-def _largest_divisor(number: int, limit: int) -> int:
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of a number up to a limit of at least 1."""
     if number <= limit:
         return number
     best, divisor = 1, 1

@@ -94,8 +94,8 @@ class TestCompulsory:
         assert compulsory_traffic(problem, "forward").hbm_bytes == 4 * 10**12 * 128 * 2
 
     def test_unknown_direction(self):
-        with pytest.raises(ValueError, match="direction='decode'"):
-            compulsory_traffic(AttentionProblem(q_len=1), "decode")
+        with pytest.raises(ValueError, match="direction='sideways'"):
+            compulsory_traffic(AttentionProblem(q_len=1), "sideways")
 
     @given(problem=attention_problems())
     def test_seen_rows_are_those_of_the_whole_mask(self, problem):

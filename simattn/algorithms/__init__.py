@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from simattn.algorithms import flash1, flash2, flash3, lightning2, linear, online_softmax, small_cache, standard
+from simattn.algorithms import (
+    flash1,
+    flash2,
+    flash3,
+    lightning2,
+    linear,
+    online_softmax,
+    paged,
+    small_cache,
+    split_kv,
+    standard,
+)
 from simattn.algorithms.algorithm import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
     module.ALGORITHM.name: module.ALGORITHM
-    for module in (standard, online_softmax, flash1, flash2, flash3, small_cache, linear, lightning2)
+    for module in (
+        standard,
+        online_softmax,
+        flash1,
+        flash2,
+        flash3,
+        small_cache,
+        linear,
+        lightning2,
+        split_kv,
+        paged,
+    )
 }
 """Every algorithm, by name."""
 

@@ -7,7 +7,7 @@ O = Σ e^(L_s − L) O_s with L = log Σ e^(L_s). A part without a key that a ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from simattn.algorithms.kernels import ForwardArrays
 from simattn.algorithms.steps import SoftmaxState, finish_softmax, masked_scores, take_partial, update_softmax
 from simattn.machine import Array, Machine, Values
 from simattn.masks import Rows, Visibility, all_rows
-from simattn.plan import Plan, check_choice
-from simattn.problem import AttentionProblem, checked_integer
+from simattn.hardware import Hardware
+from simattn.plan import Plan, Tiles, candidates, check_choice
+from simattn.problem import AttentionProblem, Direction, checked_integer
 from simattn.sums import ceil_div
 from simattn.traffic import Traffic
 
@@ -41,7 +42,7 @@ class DecodeProblem(AttentionProblem):
             raise ValueError(f"dtype={self.dtype!r}: expected float32, float16 or bfloat16")
 
     @classmethod
-    def adapted(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def adapted(cls, given: dict[str, Any], direction: Direction) -> dict[str, Any]:
         """Return the fields without a block mask."""
         return {**given, "block_mask": None}
 
@@ -52,28 +53,28 @@ class DecodePlan(Plan):
 
     Attributes
     ----------
-    heads
+    query_heads
         Whether the query heads of a KV head are rows of one thread block, position by position ("packed"), so that it
         reads their keys and values once, or have a thread block each, which reads them again ("one_per_block").
     stages
         Buffers of the tiles of keys and values.
     """
 
-    heads: Literal["packed", "one_per_block"] = "packed"
+    query_heads: Literal["packed", "one_per_block"] = "packed"
     stages: int = 1
     repeat_kv: Literal[False] = False
     grouped_gradients: Literal["loop"] = "loop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("heads", self.heads, ("packed", "one_per_block"))
+        check_choice("query_heads", self.query_heads, ("packed", "one_per_block"))
         object.__setattr__(self, "stages", checked_integer("stages", self.stages, 1))
         check_choice("repeat_kv", self.repeat_kv, (False,))
         check_choice("grouped_gradients", self.grouped_gradients, ("loop",))
 
     def packed_heads(self, problem: AttentionProblem) -> int:
         """Return how many query heads share a thread block."""
-        return problem.group_size if self.heads == "packed" else 1
+        return problem.group_size if self.query_heads == "packed" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,15 +205,15 @@ def decode_sequences(
     arrays: ForwardArrays,
     cut: Cut,
     *,
-    members: npt.NDArray[np.intp] | None = None,
+    members: Sequence[int] | None = None,
     table: PageTable | None = None,
 ) -> None:
     """Attend in some sequences of equal length; ``arrays.k`` and ``arrays.v`` are theirs, the others' are all.
 
     ``members`` are their indices in the batch when simulating, by default all.
     """
-    packed = problem.packed_heads
-    chosen = slice(None) if members is None else members
+    packed, streams = problem.packed_heads, problem.batch * problem.kv_heads
+    chosen = slice(None) if members is None else list(members)
 
     def by_sequence(values: Values) -> Values:
         return values.reshape(machine.problem.batch, problem.kv_heads, *values.shape[1:])
@@ -220,8 +221,7 @@ def decode_sequences(
     def rows_of(array: Array) -> Array:
         values = array.values
         if values is not None:
-            own = by_sequence(values)[chosen]
-            values = packed_rows(own.reshape(-1, *own.shape[2:]), packed)
+            values = packed_rows(by_sequence(values)[chosen].reshape(streams, *values.shape[1:]), packed)
         return replace_rows(array, problem.q_len, values)
 
     own = {name: rows_of(getattr(arrays, name)) for name in ("q", "out", "lse")}
@@ -231,8 +231,8 @@ def decode_sequences(
     for name in ("out", "lse"):
         values, made = getattr(arrays, name).values, own[name].values
         if values is not None and made is not None:
-            unpacked = unpacked_rows(made, packed)
-            by_sequence(values)[chosen] = unpacked.reshape(-1, problem.kv_heads, *unpacked.shape[1:])
+            found = unpacked_rows(made, packed)
+            by_sequence(values)[chosen] = found.reshape(problem.batch, problem.kv_heads, *found.shape[1:])
 
 
 def replace_rows(array: Array, rows: int, values: Values | None) -> Array:
@@ -329,13 +329,23 @@ class Partials:
         return ForwardArrays(arrays.q, keys(arrays.k), keys(arrays.v), columns(self.out), columns(self.lse))
 
 
-def declare_workspace(machine: Machine, problem: AttentionProblem, count: int) -> None:
-    """Declare what the partial results of all sequences take in memory; their values are those of inner machines."""
-    if count > 1:
-        shape = (problem.batch * problem.kv_heads, problem.group_size, problem.q_len)
-        for name, columns in (("partial_out", count * problem.value_dim), ("partial_lse", count)):
-            unused = None if machine.arithmetic is None else np.broadcast_to(np.float32(np.nan), (*shape, columns))
-            machine.array(name, problem.q_len, columns, values=unused)
+def declare(machine: Machine, problem: AttentionProblem, k: Array, v: Array, count: int) -> ForwardArrays:
+    """Declare the results of a decoding step and, for several parts, the workspace of theirs.
+
+    The machines of the single parts have the workspace's values.
+    """
+    shape = (problem.batch * problem.kv_heads, problem.group_size, problem.q_len)
+    for name, columns in (("partial_out", count * problem.value_dim), ("partial_lse", count)):
+        if count > 1:
+            elsewhere = None if machine.arithmetic is None else np.broadcast_to(np.float32(np.nan), (*shape, columns))
+            machine.array(name, problem.q_len, columns, values=elsewhere)
+    return ForwardArrays(
+        q=machine.arrays["q"],
+        k=k,
+        v=v,
+        out=machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="output"),
+        lse=machine.array("lse", problem.q_len, 1, role="output"),
+    )
 
 
 def merge(machine: Machine, problem: AttentionProblem, partials: Partials, arrays: ForwardArrays) -> None:
@@ -387,9 +397,8 @@ def reference(
         total = np.where(seen, weights, 0).sum(axis=-1, keepdims=True)
         shares = rounded(np.where(seen, weights / np.where(total == 0, 1, total), 0).astype(q.dtype))
         out = np.zeros((*shares.shape[:-1], v.shape[-1]), q.dtype)
-        for row in range(problem.q_len):
-            keys = seen[row]
-            out[..., row, :] = (shares[..., row, None, keys] @ v[..., keys, :])[..., 0, :]
+        for row, keys in enumerate(seen):
+            out[..., row, :] = (shares[..., row, :][..., None, keys] @ v[..., keys, :])[..., 0, :]
         lse = (shift + np.log(total))[..., 0]
     return {"out": np.moveaxis(rounded(out), 1, 2), "lse": lse}
 
@@ -422,3 +431,35 @@ def closed_form(problem: CacheProblem, plan: DecodePlan, parts: int, page: int |
         )
         main["block_table"] = forms.read(forms.matrix_bytes(problem, entries, 1, dtype="int32"))
     return forms.total([main])
+
+
+# Plans
+
+
+def query_rows(problem: AttentionProblem) -> int:
+    """Return the rows of the query heads of a KV head."""
+    return problem.q_len * problem.group_size
+
+
+def paper_tiles(problem: AttentionProblem, sram_elements: int, direction: Direction) -> Tiles:
+    """Return FlashAttention's tiles of keys, B_c = ⌈M/4d⌉, for all query rows up to as many."""
+    columns = ceil_div(sram_elements, 4 * problem.head_dim)
+    return Tiles(q=max(1, min(columns, query_rows(problem))), kv=columns)
+
+
+def fit_tiles(problem: AttentionProblem, size: int, direction: Direction) -> Tiles:
+    """Return tiles of keys that grow, for all query rows up to as many."""
+    return Tiles(q=max(1, min(size, query_rows(problem))), kv=problem.key_tile(size))
+
+
+SMALLEST_QUERY_TILE = 16
+"""Rows of a tensor core's tile: fewer query rows are padded."""
+
+
+def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:
+    """Return tiles for the query rows there are, 16 to 64 of them, and 128 keys, or 64 of more than 128 columns."""
+    rows = SMALLEST_QUERY_TILE
+    while rows < min(64, query_rows(problem)):
+        rows *= 2
+    keys = 128 if max(problem.head_dim, problem.value_dim) <= 128 else 64
+    return candidates("forward", (rows, keys))
