@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simattn.arithmetic.formats import ITEM_BYTES, STORED_BYTES
+from simattn.arithmetic.formats import INDEX_DTYPES, ITEM_BYTES, STORED_BYTES
 from simattn.masks import Visibility
 from simattn.plan import check_choice
 from simattn.problem import AttentionProblem, Direction
@@ -51,7 +51,8 @@ def compulsory_traffic(problem: AttentionProblem, direction: Direction) -> Traff
     Forward and in a decoding step, q, k and v are read and out is written; backward, dout is read too and dq, dk and dv
     are written. Rows that the mask hides from every row of the other side need not be read; outputs are written whole.
     What a forward pass saves for its backward pass can be computed again, so it does not count. Grouped keys and values
-    count once per KV head. Inputs that a problem has besides are read whole, and a state is written too.
+    count once per KV head. Inputs that a problem has besides are read whole, and a state is written too; indices, such
+    as those of pages, need not be in memory.
 
     Parameters
     ----------
@@ -111,7 +112,7 @@ def compulsory_traffic(problem: AttentionProblem, direction: Direction) -> Traff
         moved["dv"] = written(bytes_of(problem.kv_heads, every_key, value_dim))
     matrices = {"query": problem.batch * problem.heads, "kv": problem.batch * problem.kv_heads, "one": 1}
     for name, shape in problem.inputs(direction).items():
-        if name in problem.own_inputs:
+        if name in problem.own_inputs and shape.dtype not in INDEX_DTYPES:
             item = STORED_BYTES[shape.dtype or problem.dtype]
             whole = bytes_of(matrices[shape.heads], shape.rows, shape.columns, item)
             moved[name] = read(whole) + written(whole if name in problem.written_inputs else 0)

@@ -142,10 +142,12 @@ def _plan_value(text: str) -> Any:
     return text
 
 
-def _numbers(text: str) -> list[float]:
-    """Return numbers separated by commas, of which there is at least one comma."""
+def _numbers(text: str) -> list[int] | list[float]:
+    """Return numbers separated by commas, of which there is at least one: integers if all are."""
     parts = text.split(",")
     if len(parts) > 1:
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return [_integer(part) for part in parts]
         with contextlib.suppress(ValueError):
             return [float(part) for part in parts]
     raise argparse.ArgumentTypeError(f"{text!r}: expected numbers separated by commas")
@@ -185,7 +187,7 @@ _SCALARS = (
     _Argument("value_dim", _integer, "COLUMNS", "columns of the values (default: head_dim)"),
     _Argument("dtype", str, "NAME", "storage format, e.g. float32, bfloat16, float8_e4m3fn (default: bfloat16)"),
     _Argument("scale", _number, "FACTOR", "factor of the scores (default: 1/√head_dim)"),
-    _Argument("direction", str, "NAME", "forward, or backward without its forward (default: forward)"),
+    _Argument("direction", str, "NAME", "forward, backward without its forward, or decode (default: forward)"),
     _Argument("plan", str, "KIND", "gpu, fit or paper (default: gpu; fit if sram_bytes is given)"),
     _Argument("hardware", str, "GPU", "row of `simattn hardware` (default: H100-SXM)"),
     _Argument("sram_bytes", _integer, "BYTES", "SRAM of a thread block, in place of the GPU's"),

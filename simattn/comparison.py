@@ -1,7 +1,7 @@
 """Which is cheapest? Every algorithm on a model's attention: bytes, operations, the least time; prefill and decode.
 
 A prefill runs the sequence at once, causally; a decoding step runs one new token on a cache of the sequence, itself
-included. Numbers are those of one attention program, times the layers. The time is a bound: all resources of the GPU at
+included, by the algorithm's program for it or else by its forward program. Numbers are those of one attention program, times the layers. The time is a bound: all resources of the GPU at
 their published peaks and overlapped perfectly (:func:`simattn.roofline.time_bounds`).
 """
 
@@ -202,11 +202,14 @@ def compare(
 
 
 def _variants(algorithm: str, model: ModelShape, phase: Phase) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the default plan, and in decoding the one that packs the query heads of a KV head, if there is one."""
+    """Yield the default plan and, in decoding, what else the query heads of a KV head can do: share a block, or not."""
     yield "", {}
     names = {item.name for item in fields(ALGORITHMS[algorithm].plan_class)}
-    if phase == "decode" and model.group_size > 1 and "packed_heads" in names:
-        yield "heads packed", {"packed_heads": model.group_size}
+    if phase == "decode" and model.group_size > 1:
+        if "packed_heads" in names:
+            yield "heads packed", {"packed_heads": model.group_size}
+        if "query_heads" in names:
+            yield "one head per block", {"query_heads": "one_per_block"}
 
 
 def _row(
@@ -219,13 +222,13 @@ def _row(
     batch: int,
     gpu: Hardware,
 ) -> ComparisonRow:
-    if phase == "decode" and not ALGORITHMS[algorithm].takes_any_mask:
-        return ComparisonRow(
-            phase=phase, algorithm=algorithm, variant=variant, refusal="there is no program for a step of its state"
-        )
-    lengths = {"q_len": length, "causal": True} if phase == "prefill" else {"q_len": 1, "kv_len": length}
+    spec = ALGORITHMS[algorithm]
+    step: dict[str, Any] = {"q_len": length, "causal": True}
+    if phase == "decode":
+        step = spec.problem_class.decoding_step(length)
+        step["direction"] = "decode" if "decode" in spec.programs else "forward"
     try:
-        run = profile(algorithm, batch=batch, **model.arguments, **lengths, **options, hardware=gpu)
+        run = profile(algorithm, batch=batch, **model.arguments, **step, **options, hardware=gpu)
     except ValueError as error:
         return ComparisonRow(phase=phase, algorithm=algorithm, variant=variant, refusal=str(error))
     return _counted(run, variant, model.layers, phase, gpu)

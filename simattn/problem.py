@@ -214,6 +214,11 @@ class AttentionProblem:
             "value_dim": v.shape[3],
         }
 
+    @classmethod
+    def decoding_step(cls, length: int) -> dict[str, Any]:
+        """Return the lengths of a problem with one new query against so many keys, its own among them."""
+        return {"q_len": 1, "kv_len": length}
+
     def check_direction(self, direction: Direction) -> None:
         """Raise a ValueError if the problem is none of this direction's."""
 

@@ -140,11 +140,24 @@ class RecurrentProblem(AttentionProblem):
     def adapted(cls, given: dict[str, Any], direction: Direction) -> dict[str, Any]:
         """Return the fields without what a state cannot have."""
         changed = {**given, "window": None, "block_mask": None, "scale": None}
-        if given["causal"] or cls.is_causal:
+        if given["causal"] or cls.is_causal or direction == "decode":
             changed["kv_len"] = given["q_len"]
         return changed
 
     own_inputs: ClassVar[tuple[str, ...]] = ("state", "state_sum")
+
+    def check_direction(self, direction: Direction) -> None:
+        """Raise a ValueError for a decoding step with other keys than those of its new rows."""
+        if direction == "decode" and self.kv_len != self.q_len:
+            raise ValueError(
+                f"kv_len={self.kv_len} in a decoding step: expected q_len={self.q_len}, the new keys; a state stands for "
+                "those before"
+            )
+
+    @classmethod
+    def decoding_step(cls, length: int) -> dict[str, Any]:
+        """Return the lengths of a problem with one new query: a state stands for all keys before."""
+        return {"q_len": 1}
 
     @property
     def state_heads(self) -> Literal["query", "kv"]:

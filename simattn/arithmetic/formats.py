@@ -15,6 +15,8 @@ ITEM_BYTES: dict[str, int] = {
 }
 """Bytes of one element of every storage format of queries, keys and values."""
 
+INDEX_DTYPES = ("int32",)
+
 STORED_BYTES: dict[str, int] = {**ITEM_BYTES, "int32": 4}
 """The same, and of the indices that programs read."""
 
