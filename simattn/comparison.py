@@ -72,7 +72,7 @@ class Comparison:
     shape, length, batch, hardware
         What was compared: the model, tokens of a sequence, sequences, and the GPU's name.
     rows
-        Each algorithm in each phase.
+        Each algorithm in each phase that it has a program for.
     """
 
     shape: ModelShape
@@ -195,10 +195,18 @@ def compare(
     rows = []
     for phase in phases:
         check_choice("phases", phase, PHASES)
-        for name in chosen:
+        for name in (name for name in chosen if _direction(name, phase) is not None):
             for variant, options in _variants(name, model, phase):
                 rows.append(_row(name, variant, options, model, phase, length, batch, gpu))
     return Comparison(model, length, batch, gpu.name, tuple(rows))
+
+
+def _direction(algorithm: str, phase: Phase) -> Direction | None:
+    """Return the direction of the program for a phase: a decoding step's own one or else forward; None without any."""
+    programs = ALGORITHMS[algorithm].programs
+    if phase == "decode" and "decode" in programs:
+        return "decode"
+    return "forward" if "forward" in programs else None
 
 
 def _variants(algorithm: str, model: ModelShape, phase: Phase) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -222,11 +230,11 @@ def _row(
     batch: int,
     gpu: Hardware,
 ) -> ComparisonRow:
-    spec = ALGORITHMS[algorithm]
-    step: dict[str, Any] = {"q_len": length, "causal": True}
+    step: dict[str, Any] = {"direction": _direction(algorithm, phase)}
     if phase == "decode":
-        step = spec.problem_class.decoding_step(length)
-        step["direction"] = "decode" if "decode" in spec.programs else "forward"
+        step |= ALGORITHMS[algorithm].problem_class.decoding_step(length)
+    else:
+        step |= {"q_len": length, "causal": True}
     try:
         run = profile(algorithm, batch=batch, **model.arguments, **step, **options, hardware=gpu)
     except ValueError as error:

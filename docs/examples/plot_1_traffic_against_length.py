@@ -30,7 +30,7 @@ simattn.plots.traffic_against_length(ax=axes, direction="backward", **shape)
 from simattn.bounds import fit_exponents
 
 for name, algorithm in simattn.ALGORITHMS.items():
-    for direction in algorithm.directions:
+    for direction in (one for one in ("forward", "backward") if one in algorithm.directions):
         rows = [
             {"N": length, "bytes": simattn.count(name, q_len=length, direction=direction, **shape).hbm_bytes}
             for length in (1 << exponent for exponent in range(17, 23))
