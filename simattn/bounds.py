@@ -78,7 +78,7 @@ def compulsory_traffic(problem: AttentionProblem, direction: Direction) -> Traff
     True
     """
     check_choice("direction", direction, ("forward", "backward", "decode"))
-    parts = tuple(problem.of_equal_lengths())
+    parts = tuple(problem.of_equal_lengths(direction))
     queries = sum(part.batch * seen_columns(part.queries_of_keys) for part in parts)
     keys = sum(part.batch * seen_columns(part.keys_of_queries) for part in parts)
     every_query, every_key = problem.batch * problem.q_len, problem.batch * problem.kv_len

@@ -18,7 +18,7 @@ from simattn.hardware import Hardware, get_hardware
 from simattn.models import MODELS, ModelShape
 from simattn.plan import check_choice
 from simattn.planning import DEFAULT_HARDWARE
-from simattn.problem import checked_integer
+from simattn.problem import Direction, checked_integer
 from simattn.roofline import time_bounds, work_of
 from simattn.tables import byte_text, second_text, text_table
 
@@ -202,11 +202,11 @@ def compare(
 
 
 def _direction(algorithm: str, phase: Phase) -> Direction | None:
-    """Return the direction of the program for a phase: a decoding step's own one or else forward; None without any."""
-    programs = ALGORITHMS[algorithm].programs
-    if phase == "decode" and "decode" in programs:
-        return "decode"
-    return "forward" if "forward" in programs else None
+    """Return the direction of the program for a phase; None if there is none."""
+    spec = ALGORITHMS[algorithm]
+    if phase == "decode":
+        return spec.step_direction
+    return "forward" if "forward" in spec.programs else None
 
 
 def _variants(algorithm: str, model: ModelShape, phase: Phase) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -232,7 +232,7 @@ def _row(
 ) -> ComparisonRow:
     step: dict[str, Any] = {"direction": _direction(algorithm, phase)}
     if phase == "decode":
-        step |= ALGORITHMS[algorithm].problem_class.decoding_step(length)
+        step |= {"q_len": 1, "kv_len": length}
     else:
         step |= {"q_len": length, "causal": True}
     try:

@@ -214,11 +214,6 @@ class AttentionProblem:
             "value_dim": v.shape[3],
         }
 
-    @classmethod
-    def decoding_step(cls, length: int) -> dict[str, Any]:
-        """Return the lengths of a problem with one new query against so many keys, its own among them."""
-        return {"q_len": 1, "kv_len": length}
-
     def check_direction(self, direction: Direction) -> None:
         """Raise a ValueError if the problem is none of this direction's."""
 
@@ -227,8 +222,8 @@ class AttentionProblem:
         """Names of the inputs that a program leaves changed, such as a state."""
         return ()
 
-    def of_equal_lengths(self) -> Iterable[AttentionProblem]:
-        """Return problems of sequences that are equally long, which together are this one."""
+    def of_equal_lengths(self, direction: Direction) -> Iterable[AttentionProblem]:
+        """Return problems of sequences that a program finds equally long in memory, which together are this one."""
         return (self,)
 
     def key_tile(self, rows: int) -> int:

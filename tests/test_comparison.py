@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 import simattn
 from simattn import MODELS, ModelShape, compare, plots
 from simattn.algorithms import ALGORITHMS
-from simattn.algorithms.linear import RecurrentProblem
 from simattn.bounds import compulsory_traffic
 from simattn.cli import main
 from simattn.comparison import PHASES
@@ -29,8 +28,6 @@ def arguments_of(row, shape, length, batch):
     lengths = {"q_len": length, "causal": True} if row.phase == "prefill" else {"q_len": 1, "kv_len": length}
     if row.phase == "decode" and "decode" in ALGORITHMS[row.algorithm].programs:
         lengths["direction"] = "decode"
-    if row.phase == "decode" and issubclass(ALGORITHMS[row.algorithm].problem_class, RecurrentProblem):
-        del lengths["kv_len"]  # a state stands for the keys before
     variants = {
         "": {},
         "heads packed": {"packed_heads": shape.heads // shape.kv_heads},

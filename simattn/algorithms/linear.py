@@ -115,7 +115,8 @@ class RecurrentProblem(AttentionProblem):
     """A problem without a softmax, whose keys and values a state of fixed size stands for.
 
     Products of queries and keys are not scaled: ``scale`` is 1. A causal mask needs as many keys as queries; a window
-    or a block mask has no such state. The keys of a decoding step are those of its new rows only.
+    or a block mask has no such state. In a decoding step a state stands for the keys before the new ones, and ``kv_len``,
+    which counts them too, is of no consequence.
     """
 
     def __post_init__(self) -> None:
@@ -130,34 +131,38 @@ class RecurrentProblem(AttentionProblem):
             raise ValueError("block_mask is given: expected None, a state leaves out no key")
         if self.is_float8:
             raise ValueError(f"dtype={self.dtype!r}: expected float32, float16 or bfloat16")
-        if self.causal and self.kv_len != self.q_len:
-            raise ValueError(
-                f"kv_len={self.kv_len} under a causal mask: expected q_len={self.q_len}, tiles of queries are aligned "
-                "with their keys"
-            )
 
     @classmethod
     def adapted(cls, given: dict[str, Any], direction: Direction) -> dict[str, Any]:
         """Return the fields without what a state cannot have."""
         changed = {**given, "window": None, "block_mask": None, "scale": None}
-        if given["causal"] or cls.is_causal or direction == "decode":
+        if direction == "decode":
+            changed["kv_len"] = max(given["q_len"], given["kv_len"])
+        elif given["causal"] or cls.is_causal:
             changed["kv_len"] = given["q_len"]
         return changed
 
     own_inputs: ClassVar[tuple[str, ...]] = ("state", "state_sum")
 
     def check_direction(self, direction: Direction) -> None:
-        """Raise a ValueError for a decoding step with other keys than those of its new rows."""
-        if direction == "decode" and self.kv_len != self.q_len:
+        """Raise a ValueError if there are other keys than the direction takes."""
+        if direction != "decode" and self.causal and self.kv_len != self.q_len:
             raise ValueError(
-                f"kv_len={self.kv_len} in a decoding step: expected q_len={self.q_len}, the new keys; a state stands for "
-                "those before"
+                f"kv_len={self.kv_len} under a causal mask: expected q_len={self.q_len}, tiles of queries are aligned "
+                "with their keys"
+            )
+        if direction == "decode" and self.kv_len < self.q_len:
+            raise ValueError(
+                f"kv_len={self.kv_len} in a decoding step: expected at least q_len={self.q_len}, the new keys among them"
             )
 
-    @classmethod
-    def decoding_step(cls, length: int) -> dict[str, Any]:
-        """Return the lengths of a problem with one new query: a state stands for all keys before."""
-        return {"q_len": 1}
+    def of_equal_lengths(self, direction: Direction) -> tuple[RecurrentProblem]:
+        """Return the problem that a program finds in memory: in a decoding step that of the new rows."""
+        return (self.of_new_rows() if direction == "decode" else self,)
+
+    def of_new_rows(self) -> RecurrentProblem:
+        """Return the problem of the new rows of a decoding step alone, whose keys are as many as their queries."""
+        return replace(self, kv_len=self.q_len)
 
     @property
     def state_heads(self) -> Literal["query", "kv"]:
@@ -166,14 +171,15 @@ class RecurrentProblem(AttentionProblem):
 
     def inputs(self, direction: Direction) -> dict[str, InputShape]:
         """Return the arrays that a program is given: in a decoding step the states in place of earlier keys."""
-        arrays = super().inputs(direction)
-        if direction == "decode":
-            d, shared = self.head_dim, (self.batch, self.kv_heads if self.state_heads == "kv" else self.heads)
-            arrays["state"] = InputShape(
-                d, self.value_dim, self.state_heads, "float32", given_shape=(*shared, d, self.value_dim)
-            )
-            if self.divides:
-                arrays["state_sum"] = InputShape(1, d, self.state_heads, "float32", given_shape=(*shared, d))
+        if direction != "decode":
+            return super().inputs(direction)
+        arrays = super(RecurrentProblem, self.of_new_rows()).inputs(direction)
+        d, states = self.head_dim, (self.batch, self.kv_heads if self.state_heads == "kv" else self.heads)
+        arrays["state"] = InputShape(
+            d, self.value_dim, self.state_heads, "float32", given_shape=(*states, d, self.value_dim)
+        )
+        if self.divides:
+            arrays["state_sum"] = InputShape(1, d, self.state_heads, "float32", given_shape=(*states, d))
         return arrays
 
     @property
@@ -374,22 +380,24 @@ def forward(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> No
 
 def decode(machine: Machine, problem: RecurrentProblem, plan: LinearPlan) -> None:
     """Each thread block loads a state, streams the new rows past it and stores what it has become, in its place."""
-    k, v = machine.arrays["k"], machine.arrays["v"]
     out = machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="output")
     before = {name: machine.arrays[name] for name in problem.own_inputs if name in machine.arrays}
     after = {
         name: machine.array(name, array.rows, array.columns, heads=array.heads, role="output")
         for name, array in before.items()
     }
-    for _ in machine.thread_blocks(per=problem.state_heads, width=problem.head_dim * problem.value_dim):
+    rows = problem.of_new_rows()
+    inner = machine.inside(rows, machine.arrays)
+    for _ in inner.thread_blocks(per=problem.state_heads, width=problem.head_dim * problem.value_dim):
         # load
-        state = State.load(machine, before, plan.accumulators)
+        state = State.load(inner, before, plan.accumulators)
         # compute
-        stream(machine, problem, plan, state, k, v, out)
+        stream(inner, rows, plan, state, machine.arrays["k"], machine.arrays["v"], out)
         # finish
-        machine.store(state.products, after["state"])
+        inner.store(state.products, after["state"])
         if state.row_sum is not None:
-            machine.store(state.row_sum, after["state_sum"])
+            inner.store(state.row_sum, after["state_sum"])
+    machine.take_over(inner)
 
 
 def stream(
@@ -595,6 +603,8 @@ def reference(
     dict
         ``out``, with ``dout`` also ``dq``, ``dk`` and ``dv``, and with ``state`` the new states, shaped like the inputs.
     """
+    if "state" in inputs:
+        problem = problem.of_new_rows()
     q, k, v = (_by_head(problem, inputs[name]) for name in "qkv")
     left = _decayed_mask(problem).astype(q.dtype)
     seen = np.broadcast_to(problem.visible_elements(), left.shape)
@@ -704,8 +714,8 @@ def closed_form_decode(problem: RecurrentProblem, plan: LinearPlan) -> Traffic:
     )
     main = {
         "q": forms.read(forms.matrix_bytes(problem, problem.q_len, problem.head_dim)),
-        "k": forms.read(forms.matrix_bytes(problem, problem.kv_len, problem.head_dim, heads=states)),
-        "v": forms.read(forms.matrix_bytes(problem, problem.kv_len, problem.value_dim, heads=states)),
+        "k": forms.read(forms.matrix_bytes(problem, problem.q_len, problem.head_dim, heads=states)),
+        "v": forms.read(forms.matrix_bytes(problem, problem.q_len, problem.value_dim, heads=states)),
         "out": forms.written(forms.matrix_bytes(problem, problem.q_len, problem.value_dim)),
         "state": forms.read(state) + forms.written(state),
     }

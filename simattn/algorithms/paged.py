@@ -104,7 +104,7 @@ class PagedProblem(DecodeProblem):
             found.setdefault(length, []).append(index)
         return found
 
-    def of_equal_lengths(self) -> Iterator[AttentionProblem]:
+    def of_equal_lengths(self, direction: Direction) -> Iterator[AttentionProblem]:
         """Yield a problem of the sequences of each length."""
         given = {item.name: getattr(self, item.name) for item in fields(AttentionProblem)}
         for length, members in self.members().items():
@@ -162,11 +162,7 @@ class PagedProblem(DecodeProblem):
         """Return sizes of pages with lengths that are equal, ragged and empty."""
         longest, batch = problem.kv_len, problem.batch
         ragged = tuple((longest, longest // 3, 0, longest // 2)[index % 4] for index in range(batch))
-        return [
-            {"page_size": page, "cache_lengths": lengths}
-            for page in (1, 4, 16, 32)
-            for lengths in (None, ragged)
-        ]
+        return [{"page_size": page, "cache_lengths": lengths} for page in (1, 4, 16, 32) for lengths in (None, ragged)]
 
     def draw_inputs(self, direction: Direction, generator: np.random.Generator) -> dict[str, Values]:
         """Return a block table of pages in any order, which no sequences share."""

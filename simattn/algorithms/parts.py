@@ -412,7 +412,10 @@ def closed_form(problem: CacheProblem, plan: DecodePlan, parts: int, page: int |
     With ``page`` keys of a page, the entries of the block table once for every tile of keys that is loaded.
     """
     visits = forms.tile_visits(problem, plan.tiles)
-    out, lse = (forms.matrix_bytes(problem, problem.q_len, problem.value_dim), forms.statistic_bytes(problem, problem.q_len))
+    out, lse = (
+        forms.matrix_bytes(problem, problem.q_len, problem.value_dim),
+        forms.statistic_bytes(problem, problem.q_len),
+    )
     main = {
         "q": forms.read(parts * forms.matrix_bytes(problem, problem.q_len, problem.head_dim)),
         "k": forms.read(forms.matrix_bytes(problem, visits.keys, problem.head_dim, heads=problem.heads)),

@@ -36,7 +36,9 @@ def step(name, problem, inputs, **options):
 def close(actual, expected, tolerance=1e-11):
     finite = np.isfinite(expected)
     assert (actual[~finite] == expected[~finite]).all()
-    assert (np.abs(actual[finite] - expected[finite]) <= tolerance * (1 + np.abs(expected[finite]).max(initial=0))).all()
+    assert (
+        np.abs(actual[finite] - expected[finite]) <= tolerance * (1 + np.abs(expected[finite]).max(initial=0))
+    ).all()
 
 
 @st.composite
@@ -103,9 +105,7 @@ def test_sequences_of_their_own_lengths_move_what_each_moves_alone(data, splits)
     arguments = {name: getattr(problem, name) for name in SHAPE} | semantics(problem)
     together = simattn.count("paged", **arguments, **options)
     single = {**arguments, "batch": 1, "pages": None, "table_columns": None, "kv_len": None}
-    each = [
-        simattn.count("paged", **{**single, "cache_lengths": length}, **options) for length in problem.lengths
-    ]
+    each = [simattn.count("paged", **{**single, "cache_lengths": length}, **options) for length in problem.lengths]
     assert together == sum(each, simattn.Traffic())
 
 
@@ -115,7 +115,11 @@ def test_sequences_may_share_pages():
     k, v = generator.standard_normal((2, 3, 4, 2, 8))
     shared = np.array([[2, 0], [2, 1]], np.int32)
     run = simattn.run_decode(
-        "paged", *(x.astype(np.float32) for x in (q, k, v)), block_table=shared, cache_lengths=(7, 6), arithmetic="float64"
+        "paged",
+        *(x.astype(np.float32) for x in (q, k, v)),
+        block_table=shared,
+        cache_lengths=(7, 6),
+        arithmetic="float64",
     )
     copied = [np.concatenate([pool[[2, 0]], pool[[2, 1]]]) for pool in (k, v)]
     table = np.array([[0, 1], [2, 3]], np.int32)
@@ -297,8 +301,9 @@ def test_states_are_of_kv_heads_where_heads_decay_alike():
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_a_step_moves_what_it_must(name):
-    problem = ALGORITHMS[name].problem_class(batch=3, heads=4, q_len=2, head_dim=8, causal=True)
+@pytest.mark.parametrize("length", [2, 1 << 20])
+def test_a_step_moves_what_it_must_however_many_keys_there_were(name, length):
+    problem = ALGORITHMS[name].problem_class(batch=3, heads=4, q_len=2, kv_len=length, head_dim=8, causal=True)
     arguments = {key: getattr(problem, key) for key in SHAPE} | semantics(problem)
     counted = simattn.count(name, **arguments, direction="decode", tiles=(4, 4)).global_only()
     assert counted == compulsory_traffic(problem, "decode")
@@ -397,7 +402,11 @@ TABLE = np.array([[0, 1], [2, 3]], np.int32)
         ({"block_table": TABLE.astype(np.int64)}, TypeError, "block_table has dtype int64: expected int32"),
         ({"block_table": TABLE[:1]}, ValueError, r"block_table has shape \(1, 2\): expected \(2, 2\)"),
         ({"block_table": TABLE[:, 0]}, ValueError, r"block_table has shape \(2,\): expected \(2, 2\)"),
-        ({"block_table": TABLE[:, :1]}, ValueError, r"table_columns=1: expected at least 2, the pages of a sequence of 32"),
+        (
+            {"block_table": TABLE[:, :1]},
+            ValueError,
+            r"table_columns=1: expected at least 2, the pages of a sequence of 32",
+        ),
         ({"block_table": TABLE - 1}, ValueError, r"block_table\[0, 0\] is -1: expected a page from 0 to 3"),
         ({"block_table": TABLE + 1}, ValueError, r"block_table\[1, 1\] is 4: expected a page from 0 to 3"),
         ({"cache_lengths": (32, 5, 5)}, ValueError, "cache_lengths has 3 numbers: expected 2, one for each sequence"),
@@ -441,7 +450,7 @@ BLOCKS = simattn.BlockMask.from_array(np.ones((1, 1), bool), q_block=8, kv_block
         ({"algorithm": "paged", "page_size": 0}, "page_size=0: expected an integer of at least 1"),
         ({"algorithm": "split_kv", "multiprocessors": 0}, "multiprocessors=0: expected an integer of at least 1"),
         ({"algorithm": "split_kv", "stages": 0}, "stages=0: expected an integer of at least 1"),
-        ({"algorithm": "linear", "kv_len": 8}, "kv_len=8 in a decoding step: expected q_len=1, the new keys"),
+        ({"algorithm": "linear", "q_len": 2, "kv_len": 1}, "kv_len=1 in a decoding step: expected at least q_len=2"),
     ],
     ids=str,
 )
