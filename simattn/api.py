@@ -629,11 +629,11 @@ class Inputs:
         for name, array in self.arrays.items():
             shape = shapes[name]
             self._check(name, shape, problem, arithmetic)
-            if shape.given_shape is None and shape.heads != "one":
-                array = np.moveaxis(array, 2, 1)
+            is_head_minor = shape.given_shape is None and shape.heads != "one"
+            ordered = np.ascontiguousarray(np.moveaxis(array, 2, 1) if is_head_minor else array)
             streams = 1 if shape.heads == "one" else problem.batch * problem.kv_heads
             group = problem.group_size if shape.heads == "query" else 1
-            values[name] = np.ascontiguousarray(array).reshape(streams, group, shape.rows, shape.columns)
+            values[name] = ordered.reshape(streams, group, shape.rows, shape.columns)
         if problem.is_float8:
             for name in "qkv":
                 values[f"{name}_descale"] = self._descale(name, problem)

@@ -1,8 +1,9 @@
 """Which is cheapest? Every algorithm on a model's attention: bytes, operations, the least time; prefill and decode.
 
 A prefill runs the sequence at once, causally; a decoding step runs one new token on a cache of the sequence, itself
-included, by the algorithm's program for it or else by its forward program. Numbers are those of one attention program, times the layers. The time is a bound: all resources of the GPU at
-their published peaks and overlapped perfectly (:func:`simattn.roofline.time_bounds`).
+included, by the algorithm's program for it or else by its forward program. Numbers are those of one attention program,
+times the layers. The time is a bound: all resources of the GPU at their published peaks and overlapped perfectly
+(:func:`simattn.roofline.time_bounds`).
 """
 
 from __future__ import annotations

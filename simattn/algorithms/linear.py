@@ -115,8 +115,8 @@ class RecurrentProblem(AttentionProblem):
     """A problem without a softmax, whose keys and values a state of fixed size stands for.
 
     Products of queries and keys are not scaled: ``scale`` is 1. A causal mask needs as many keys as queries; a window
-    or a block mask has no such state. In a decoding step a state stands for the keys before the new ones, and ``kv_len``,
-    which counts them too, is of no consequence.
+    or a block mask has no such state. In a decoding step a state stands for the keys before the new ones, and
+    ``kv_len``, which counts them too, is of no consequence.
     """
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ class RecurrentProblem(AttentionProblem):
             )
         if direction == "decode" and self.kv_len < self.q_len:
             raise ValueError(
-                f"kv_len={self.kv_len} in a decoding step: expected at least q_len={self.q_len}, the new keys among them"
+                f"kv_len={self.kv_len} in a decoding step: expected at least q_len={self.q_len}, the new keys"
             )
 
     def of_equal_lengths(self, direction: Direction) -> tuple[RecurrentProblem]:
@@ -258,8 +258,8 @@ class LinearProblem(RecurrentProblem):
 class LinearPlan(Plan):
     """Plan of linear attention: a thread block for each query head, whose state stays on chip.
 
-    Under a causal mask a tile has ``tiles.q`` queries and their keys, and ``tiles.kv`` is not used. A decoding step has a
-    thread block for each state, which reads the keys that its heads share once; ``repeat_kv`` is not for it.
+    Under a causal mask a tile has ``tiles.q`` queries and their keys, and ``tiles.kv`` is not used. A decoding step has
+    a thread block for each state, which reads the keys that its heads share once; ``repeat_kv`` is not for it.
     """
 
     grouped_gradients: Literal["expand", "reduce"] = "expand"
@@ -601,7 +601,7 @@ def reference(
     Returns
     -------
     dict
-        ``out``, with ``dout`` also ``dq``, ``dk`` and ``dv``, and with ``state`` the new states, shaped like the inputs.
+        ``out``, with ``dout`` also ``dq``, ``dk`` and ``dv``, with ``state`` the new states, shaped like the inputs.
     """
     if "state" in inputs:
         problem = problem.of_new_rows()

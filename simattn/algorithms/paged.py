@@ -6,7 +6,7 @@ sequences have lengths of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -181,8 +181,8 @@ class PagedProblem(DecodeProblem):
 
     def of_one_row(self) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip."""
-        one = {"cache_lengths": 1, "pages": 1, "table_columns": 1}
-        return replace(self, batch=1, heads=self.group_size, kv_heads=1, q_len=1, kv_len=1, window=None, **one)
+        one = replace(self, batch=1, kv_len=1, cache_lengths=1, pages=1, table_columns=1)
+        return replace(one, heads=self.group_size, kv_heads=1, q_len=1, window=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +251,8 @@ def checked_table(problem: PagedProblem, table: Array) -> npt.NDArray[np.intp]:
     if len(wrong):
         row, column = map(int, wrong[0])
         raise ValueError(
-            f"block_table[{row}, {column}] is {entries[row, column]}: expected a page from 0 to {problem.pages - 1}, for "
-            f"sequence {row} of {problem.lengths[row]} keys has {taken[row]} pages of {problem.page_size}"
+            f"block_table[{row}, {column}] is {entries[row, column]}: expected a page from 0 to {problem.pages - 1}; "
+            f"the {problem.lengths[row]} keys of sequence {row} take {taken[row]} pages of {problem.page_size}"
         )
     return entries
 
@@ -320,7 +320,7 @@ def reference(
 
 
 def closed_form_decode(problem: PagedProblem, plan: PagedPlan) -> Traffic:
-    """What the sequences of each length move, and 4 bytes of the block table for each page of every tile of keys."""
+    """Add up the sequences of each length, with 4 bytes of the block table for each page of every tile of keys."""
     total = Traffic()
     for length, members in problem.members().items():
         caches = CacheProblem.of(problem, plan, batch=len(members), length=length)
@@ -344,7 +344,7 @@ def plan_defaults(
     return {"query_heads": "one_per_block"} if kind == "paper" else {"stages": 2 if kind == "gpu" else 1}
 
 
-def complete_plan(problem: PagedProblem, plan: PagedPlan, sram_bytes: int) -> PagedPlan:
+def complete_plan(problem: AttentionProblem, plan: PagedPlan, sram_bytes: int) -> PagedPlan:
     """Refuse tiles that end inside a page.
 
     Raises
@@ -352,6 +352,7 @@ def complete_plan(problem: PagedProblem, plan: PagedPlan, sram_bytes: int) -> Pa
     ValueError
         If they have neither whole pages nor an equal part of one.
     """
+    assert isinstance(problem, PagedProblem)
     if problem.key_tile(plan.tiles.kv) != plan.tiles.kv:
         raise ValueError(
             f"tiles.kv={plan.tiles.kv}: expected whole pages or an equal part of one, a multiple or a divisor of "

@@ -6,22 +6,21 @@ O = Σ e^(L_s − L) O_s with L = log Σ e^(L_s). A part without a key that a ro
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from simattn.algorithms import forms
 from simattn.algorithms.flash3 import packed_rows, unpacked_rows
 from simattn.algorithms.kernels import ForwardArrays
 from simattn.algorithms.steps import SoftmaxState, finish_softmax, masked_scores, take_partial, update_softmax
+from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Values
 from simattn.masks import Rows, Visibility, all_rows
-from simattn.hardware import Hardware
 from simattn.plan import Plan, Tiles, candidates, check_choice
 from simattn.problem import AttentionProblem, Direction, checked_integer
 from simattn.sums import ceil_div
@@ -165,7 +164,7 @@ class Cut:
         ends = {0, self.count, *whole, unseen_before, unseen_after}
         ends |= {self.length // self.rows, ceil_div(self.length, self.rows)}  # the clipped part, and the empty ones
         bounds = sorted(end for end in ends if 0 <= end <= self.count)
-        for first, stop in zip(bounds, bounds[1:], strict=False):
+        for first, stop in itertools.pairwise(bounds):
             if stop <= unseen_before or first >= unseen_after or (whole[0] <= first and stop <= whole[1]):
                 yield first, stop - first
             else:

@@ -80,7 +80,7 @@ def cut_of(problem: AttentionProblem, plan: SplitKVPlan) -> Cut:
 
 
 def closed_form_decode(problem: SplitKVProblem, plan: SplitKVPlan) -> Traffic:
-    """Q once for every part, K and V once for every query tile that sees them, and each part's results there and back."""
+    """Q once for every part, K and V once for every query tile that sees them, what parts find there and back."""
     caches = CacheProblem.of(problem, plan, batch=problem.batch, length=problem.kv_len)
     return parts.closed_form(caches, plan, cut_of(problem, plan).count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields
 
 import numpy as np
@@ -272,7 +273,7 @@ def test_prefill_and_decoding_steps_are_the_whole(name, data):
     empty = {key: shape for key, shape in problem.inputs("decode").items() if key in problem.own_inputs}
     states = {key: np.zeros(shape.user_shape(problem)) for key, shape in empty.items()}
     rows = []
-    for start, stop in zip(ends, ends[1:], strict=False):
+    for start, stop in itertools.pairwise(ends):
         new = {key: array[:, start:stop] for key, array in inputs.items()}
         run = simattn.run_decode(name, **new, **states, **options, tiles=tiles)
         states = {key: run.results[key] for key in states}
@@ -464,7 +465,7 @@ def test_a_step_needs_its_state(name):
     q = np.zeros((1, 1, 2, 4), np.float32)
     with pytest.raises(TypeError, match=r"without \['state"):
         simattn.run_decode(name, q, q, q)
-    names = [key for key in ALGORITHMS[name].problem_class(heads=2, q_len=1, head_dim=4).inputs("decode")][3:]
+    names = list(ALGORITHMS[name].problem_class(heads=2, q_len=1, head_dim=4).inputs("decode"))[3:]
     states = {key: np.zeros((1, 2, 4, 4) if key == "state" else (1, 2, 4), np.float32) for key in names}
     with pytest.raises(ValueError, match=r"state has shape \(1, 2, 4\): expected \(1, 2, 4, 4\)"):
         simattn.run_decode(name, q, q, q, **{**states, "state": states["state"][..., 0]})
