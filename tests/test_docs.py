@@ -176,7 +176,45 @@ def symbols_of(problem, plan):
         "p": passes,
         "p'": min(passes, 2),
         "p_v": min(passes, 2),
+        **decoding_symbols(problem, plan),
     }
+
+
+def decoding_symbols(problem, plan):
+    """Return what the pages call the sizes of a decoding step; its keys and entries are counted key by key."""
+    if not hasattr(plan, "query_heads"):
+        return {}
+    packed = problem.group_size if plan.query_heads == "packed" else 1
+    rows, tile = problem.q_len * packed, plan.tiles.kv
+    lengths = getattr(problem, "lengths", (problem.kv_len,) * problem.batch)
+    left, right = problem.window or (None, None)
+    right = 0 if problem.causal else right
+    keys = entries = 0
+    several = [parts_of(length, plan) for length in lengths if parts_of(length, plan) > 1]
+    for length in lengths:
+        for first in range(0, rows, plan.tiles.q):
+            last = min(first + plan.tiles.q, rows) - 1
+            low, high = (row // packed + length - problem.q_len for row in (first, last))
+            low, high = 0 if left is None else low - left, length - 1 if right is None else high + right
+            tiles = {key // tile for key in range(max(0, low), min(length - 1, high) + 1)}
+            loaded = [range(index * tile, min(length, (index + 1) * tile)) for index in tiles]
+            keys += sum(map(len, loaded))
+            entries += sum(len({key // getattr(problem, "page_size", 1) for key in part}) for part in loaded)
+    return {
+        "h'": problem.heads // packed,
+        "W_k": keys,
+        "E": entries,
+        "S": sum(parts_of(length, plan) for length in lengths),
+        "S'": sum(several),
+    }
+
+
+def parts_of(length, plan):
+    """Return how many parts the keys of a sequence are cut into."""
+    if plan.splits != "v2":
+        return plan.splits
+    rows = math.ceil(512 / plan.tiles.kv) * plan.tiles.kv
+    return max(1, math.ceil(length / rows))
 
 
 def is_visited(problem, plan, i, j):
@@ -218,7 +256,7 @@ def bytes_of_table(name, problem, plan, direction, symbols):
                 )
                 total[key] = total.get(key, 0) + value_of(latex, symbols | changed)
 
-    copied = {"k": "k_repeated", "v": "v_repeated"} if plan.repeat_kv else {}
+    copied = {"k": "k_repeated", "v": "v_repeated"} if plan.repeat_kv and direction != "decode" else {}
     add(table["rows"], lambda array: copied.get(array, array))
     if plan.repeat_kv and direction == "forward":
         add(tables["repeat_kv"]["rows"])
@@ -237,7 +275,7 @@ def arguments_of(problem):
 def test_tables_are_the_closed_forms(algorithm, direction, data):
     spec = simattn.ALGORITHMS[algorithm]
     dtypes = ["float32", "bfloat16", *(["float8_e4m3fn"] if direction == "forward" and spec.takes_any_mask else [])]
-    problem = data.draw(problems_of(spec, dtypes=dtypes))
+    problem = data.draw(problems_of(spec, direction, dtypes=dtypes))
     tiles = data.draw(tiles_for(problem, with_depth=simattn.ALGORITHMS[algorithm].chunks_columns))
     options = data.draw(plan_options(simattn.ALGORITHMS[algorithm]))
     given_plan = {**options, "tiles": tiles, "enforce_capacity": False, "direction": direction}
@@ -260,12 +298,12 @@ def test_tables_are_the_closed_forms(algorithm, direction, data):
 def test_elements_are_the_closed_forms(name, length, head_dim, tiles):
     algorithm, direction, *settings = name.split()
     options = {key: int(value) if value.isdigit() else value for key, value in (item.split("=") for item in settings)}
-    if not simattn.ALGORITHMS[algorithm].chunks_columns:
-        tiles = tiles[:2]
+    spec = simattn.ALGORITHMS[algorithm]
+    problem = spec.problem_class(q_len=length, head_dim=head_dim, dtype="float32")
+    tiles = (tiles[0], problem.key_tile(tiles[1]), *(tiles[2:] if spec.chunks_columns else ()))
     shape = {"q_len": length, "head_dim": head_dim, "dtype": "float32", "tiles": tiles, "direction": direction}
     traffic = simattn.closed_form(algorithm, **shape, **options, enforce_capacity=False)
     plan = simattn.default_plan(algorithm, **shape, **options, enforce_capacity=False)
-    problem = simattn.AttentionProblem(q_len=length, head_dim=head_dim, dtype="float32")
     assert 4 * value_of(formulas()[1][name], symbols_of(problem, plan)) == traffic.hbm_bytes
 
 
