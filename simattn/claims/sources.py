@@ -7,6 +7,7 @@ SAHA_YE = "Saha & Ye 2024, arXiv 2402.07443"
 LINEAR = "Katharopoulos et al. 2020, linear attention, arXiv 2006.16236"
 LIGHTNING2 = "Qin et al. 2024, Lightning Attention-2, arXiv 2401.04658"
 PAGED_ATTENTION = "Kwon et al. 2023, PagedAttention, arXiv 2309.06180"
+FLASH_DECODING = "Dao et al. 2023, Flash-Decoding, pytorch.org/blog/flash-decoding"
 ONLINE_SOFTMAX = "Milakov & Gimelshein 2018, arXiv 1805.02867"
 
 # Popular articles, by title; all in Chinese.
