@@ -16,8 +16,8 @@ What is counted
 - Nothing is laid out anew in between. A projection of (batch · length) rows and (heads · head_dim) columns writes
   the (batch, length, heads, head_dim) that attention takes.
 - k and v are the KV cache. A projection that writes them appends to it, and attention reads all of it.
-- A decoding step runs the forward program of the attention with its few new rows as queries on all cached keys; the
-  programs have no direction of their own for decoding.
+- A decoding step runs the forward program of the attention with its few new rows as queries on all cached keys.
+  Algorithms that have programs for decoding steps alone are no attention of a layer.
 - Every array is in the layer's storage format, gradients of weights too; what an optimiser does is not counted.
 """
 

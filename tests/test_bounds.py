@@ -93,6 +93,10 @@ class TestCompulsory:
         problem = AttentionProblem(q_len=10**12, head_dim=128, causal=True, window=(4095, 0))
         assert compulsory_traffic(problem, "forward").hbm_bytes == 4 * 10**12 * 128 * 2
 
+    @given(problem=attention_problems())
+    def test_a_decoding_step_moves_what_a_forward_pass_does(self, problem):
+        assert compulsory_traffic(problem, "decode") == compulsory_traffic(problem, "forward")
+
     def test_unknown_direction(self):
         with pytest.raises(ValueError, match="direction='sideways'"):
             compulsory_traffic(AttentionProblem(q_len=1), "sideways")

@@ -126,6 +126,24 @@ def test_count_passes_its_arguments_on(run, given, arguments):
     assert out.splitlines()[-1] == ",".join(str(value) for value in list(expected.rows())[-1].values())
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "arguments"),
+    [
+        ("paged", ["--option", "cache_lengths=100,2k,7"], {"cache_lengths": (100, 2048, 7)}),
+        ("paged", ["--kv-len", "1k", "--option", "splits=v2"], {"kv_len": 1024, "splits": "v2"}),
+        ("split_kv", ["--kv-len", "1M", "--option", "splits=4"], {"kv_len": 1 << 20, "splits": 4}),
+        ("linear", ["--kv-len", "1M", "--option", "normalised=false"], {"normalised": False}),
+        ("lightning2", ["--option", "slopes=0.5,1,2,4"], {"slopes": [0.5, 1, 2, 4]}),
+    ],
+    ids=str,
+)
+def test_count_of_decoding_steps(run, name, given, arguments):
+    shape = {"q_len": 1, "batch": 3, "heads": 4, "kv_heads": 2, "direction": "decode"}
+    out = printed(run, "count", name, *options(shape), *given, "--csv")
+    expected = simattn.count(name, **shape, **arguments)
+    assert out.splitlines()[-1] == ",".join(str(value) for value in list(expected.rows())[-1].values())
+
+
 def test_count_takes_three_tile_sizes(run):
     given = ("--sram-bytes", "64k", "--tiles", "32,32,16")
     found = json.loads(printed(run, "count", "small_cache", "--q-len", 1024, *given, "--json"))

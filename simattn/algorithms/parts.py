@@ -455,7 +455,7 @@ def fit_tiles(problem: AttentionProblem, size: int, direction: Direction) -> Til
 
 
 SMALLEST_QUERY_TILE = 16
-"""Rows of a tensor core's tile: fewer query rows are padded."""
+"""Rows that a tile of tensor cores has at least, some of them unused where there are fewer queries."""
 
 
 def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:

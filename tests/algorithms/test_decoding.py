@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import simattn
+from simattn import machine
 from simattn.algorithms import ALGORITHMS, parts
 from simattn.algorithms.linear import RecurrentProblem
 from simattn.algorithms.paged import PagedProblem
@@ -212,6 +213,30 @@ def test_parts_that_are_counted_together_cost_the_same(data, problem, packed, co
     assert sum(stop - start for start, stop in map(cut.bounds, range(count))) == problem.kv_len
 
 
+@given(
+    lengths=st.lists(st.integers(0, 1 << 20) | st.integers(0, 2000), min_size=1, max_size=4),
+    q_len=st.integers(1, 40),
+    group=st.sampled_from((1, 3, 8)),
+    page=st.sampled_from((8, 16, 24, 256)),
+    tile=st.integers(1, 300),
+    splits=st.sampled_from((1, 5, 1000, "v2")),
+    window=st.none() | st.tuples(st.integers(0, 10_000), st.none()),
+    query_heads=heads,
+)
+def test_long_caches_move_what_the_formula_says(lengths, q_len, group, page, tile, splits, window, query_heads):
+    problem = PagedProblem(
+        batch=len(lengths), heads=2 * group, kv_heads=2, q_len=q_len, head_dim=16, cache_lengths=lengths,
+        page_size=page, window=window,
+    )  # fmt: skip
+    arguments = {name: getattr(problem, name) for name in SHAPE} | semantics(problem)
+    arguments |= {"tiles": (16, problem.key_tile(tile)), "splits": splits, "query_heads": query_heads}
+    counted, formula = (call("paged", **arguments, direction="decode") for call in (simattn.count, simattn.closed_form))
+    assert counted.global_only() == formula
+    least = compulsory_traffic(problem, "decode").by_array
+    for name in ("k", "v"):
+        assert name not in least or formula.by_array[name].hbm_read_bytes >= least[name].hbm_read_bytes
+
+
 def test_the_cost_does_not_depend_on_the_number_of_parts():
     shape = {"q_len": 4, "kv_len": 1 << 24, "heads": 8, "causal": True, "direction": "decode", "tiles": (16, 128)}
     for window in (None, (100_000, 0)):
@@ -308,6 +333,22 @@ def test_a_step_moves_what_it_must_however_many_keys_there_were(name, length):
     arguments = {key: getattr(problem, key) for key in SHAPE} | semantics(problem)
     counted = simattn.count(name, **arguments, direction="decode", tiles=(4, 4)).global_only()
     assert counted == compulsory_traffic(problem, "decode")
+
+
+@pytest.mark.parametrize("name", ["split_kv", "paged", *RECURRENT])
+@pytest.mark.parametrize("stack", [1, 300])
+@given(data=st.data())
+def test_what_is_simulated_together_changes_nothing(name, stack, data):
+    problem, inputs = data.draw(steps(name))
+    options = {"tiles": (2, problem.key_tile(5)), "arithmetic": "float64"}
+    options |= {"splits": 3} if name in ("split_kv", "paged") else {}
+    whole = step(name, problem, inputs, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "STACKED_ELEMENTS", stack)
+        parted = step(name, problem, inputs, **options)
+    assert parted.traffic == whole.traffic
+    for key, values in whole.results.items():
+        close(parted.results[key], values)
 
 
 # 4. Hand-counted
