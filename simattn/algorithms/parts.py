@@ -36,7 +36,7 @@ class DecodeProblem(AttentionProblem):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block_mask is not None:
-            raise ValueError("block_mask is given: expected None, a decode step has no blocks of queries")
+            raise ValueError("block_mask is given: expected None, a decoding step has no blocks of queries")
         if self.is_float8:
             raise ValueError(f"dtype={self.dtype!r}: expected float32, float16 or bfloat16")
 
@@ -48,7 +48,7 @@ class DecodeProblem(AttentionProblem):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodePlan(Plan):
-    """Plan of a decode step.
+    """Plan of a decoding step.
 
     Attributes
     ----------
@@ -221,7 +221,7 @@ def decode_sequences(
         values = array.values
         if values is not None:
             values = packed_rows(by_sequence(values)[chosen].reshape(streams, *values.shape[1:]), packed)
-        return replace_rows(array, problem.q_len, values)
+        return replace(array, rows=problem.q_len, values=values)
 
     own = {name: rows_of(getattr(arrays, name)) for name in ("q", "out", "lse")}
     inner = machine.inside(problem, {**own, "k": arrays.k, "v": arrays.v})
@@ -232,11 +232,6 @@ def decode_sequences(
         if values is not None and made is not None:
             found = unpacked_rows(made, packed)
             by_sequence(values)[chosen] = found.reshape(problem.batch, problem.kv_heads, *found.shape[1:])
-
-
-def replace_rows(array: Array, rows: int, values: Values | None) -> Array:
-    """Return an array of other rows and values that is charged to the same name."""
-    return replace(array, rows=rows, values=values)
 
 
 def attend_in_parts(
@@ -323,7 +318,8 @@ class Partials:
             return replace(array, columns=width, values=values)
 
         def keys(array: Array) -> Array:
-            return replace_rows(array, stop - start, None if array.values is None else array.values[:, :, start:stop])
+            values = None if array.values is None else array.values[:, :, start:stop]
+            return replace(array, rows=stop - start, values=values)
 
         return ForwardArrays(arrays.q, keys(arrays.k), keys(arrays.v), columns(self.out), columns(self.lse))
 
