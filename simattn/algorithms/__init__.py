@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from simattn.algorithms import flash1, flash2, flash3, lightning2, linear, online_softmax, small_cache, standard
+from simattn.algorithms import (
+    flash1,
+    flash2,
+    flash3,
+    lightning2,
+    linear,
+    online_softmax,
+    sliding_window,
+    small_cache,
+    standard,
+)
 from simattn.algorithms.algorithm import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
     module.ALGORITHM.name: module.ALGORITHM
-    for module in (standard, online_softmax, flash1, flash2, flash3, small_cache, linear, lightning2)
+    for module in (
+        standard,
+        online_softmax,
+        flash1,
+        flash2,
+        flash3,
+        small_cache,
+        linear,
+        lightning2,
+        sliding_window,
+    )
 }
 """Every algorithm, by name."""
 
