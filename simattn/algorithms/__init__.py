@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simattn.algorithms import (
+    dilated_window,
     flash1,
     flash2,
     flash3,
@@ -27,6 +28,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         linear,
         lightning2,
         sliding_window,
+        dilated_window,
     )
 }
 """Every algorithm, by name."""
