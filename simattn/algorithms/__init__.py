@@ -10,6 +10,7 @@ from simattn.algorithms import (
     lightning2,
     linear,
     online_softmax,
+    overlapped_window,
     sliding_window,
     small_cache,
     standard,
@@ -29,6 +30,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         lightning2,
         sliding_window,
         dilated_window,
+        overlapped_window,
     )
 }
 """Every algorithm, by name."""

@@ -21,6 +21,7 @@ from simattn.algorithms import flash2, forms, sliding_window
 from simattn.algorithms.algorithm import Algorithm
 from simattn.algorithms.kernels import ForwardArrays, KeySource, declare_forward, row_dots
 from simattn.algorithms.windows import (
+    AddedUpPlan,
     GradientSums,
     Mask,
     Values,
@@ -244,8 +245,10 @@ class DilatedWindowProblem(WindowProblem):
         masks: list[Mask] = []
         for dilation in [self.dilation] if isinstance(self.dilation, int) else self.dilation:
             distance = keys - queries
-            near = (distance % dilation == 0) & (distance >= -left * dilation) & (distance <= right * dilation)
-            masks.append((near | everywhere) & allowed)
+            near = np.asarray(
+                (distance % dilation == 0) & (distance >= -left * dilation) & (distance <= right * dilation)
+            )
+            masks.append(np.asarray((near | everywhere) & allowed))
         return np.repeat(np.array(masks), 1 if len(masks) == 1 else self.group_size, axis=0)
 
     def visible_elements(self) -> Mask:
@@ -258,16 +261,8 @@ class DilatedWindowProblem(WindowProblem):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DilatedWindowPlan(sliding_window.SlidingWindowPlan):
-    """Plan of dilated windows: FlashAttention-2's, whose gradients are sums in memory that all parts add to."""
-
-    dq: Literal["reduce"] = "reduce"
-    repeat_kv: Literal[False] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("dq", self.dq, ("reduce",))
-        check_choice("repeat_kv", self.repeat_kv, (False,))
+class DilatedWindowPlan(AddedUpPlan, sliding_window.SlidingWindowPlan):
+    """Plan of dilated windows: that of sliding windows, whose gradients are sums in memory that all parts add to."""
 
 
 # Masks

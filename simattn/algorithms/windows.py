@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from simattn.algorithms.flash3 import packed_rows, unpacked_rows
 from simattn.algorithms.kernels import BackwardArrays, ForwardArrays, GroupedGradient, convert, fill
 from simattn.machine import Array, Machine
 from simattn.masks import is_integer
-from simattn.plan import Plan
+from simattn.plan import Plan, check_choice
 from simattn.problem import AttentionProblem, Direction, PackedProblem, checked_integer
 from simattn.traffic import ArrayTraffic
 
@@ -35,7 +35,7 @@ class WindowProblem(AttentionProblem):
 
     @classmethod
     def adapted(cls, given: dict[str, Any], direction: Direction) -> dict[str, Any]:
-        """Return the fields with a window whose sides are both limited, and no block mask."""
+        """Return the fields with a window whose sides are both limited, and without a block mask."""
         left, right = given["window"] or (3, 0)
         window = (7 if left is None else left, 2 if right is None else right)
         return {**given, "window": window, "block_mask": None}
@@ -89,6 +89,19 @@ def receptive_field(
     layers, dilation = checked_integer("layers", layers, 1), checked_integer("dilation", dilation, 1)
     left, right = (checked_integer(f"window[{index}]", side, 0) for index, side in enumerate(checked_sides(window)))
     return layers * left * dilation, 0 if causal else layers * right * dilation
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedUpPlan(flash2.Flash2Plan):
+    """Plan of programs whose parts add to the same gradients, so that all are sums in memory, in fp32."""
+
+    dq: Literal["reduce"] = "reduce"
+    repeat_kv: Literal[False] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("dq", self.dq, ("reduce",))
+        check_choice("repeat_kv", self.repeat_kv, (False,))
 
 
 # Parts of arrays
