@@ -245,16 +245,13 @@ class DilatedWindowProblem(WindowProblem):
         masks: list[Mask] = []
         for dilation in [self.dilation] if isinstance(self.dilation, int) else self.dilation:
             distance = keys - queries
-            near = np.asarray(
-                (distance % dilation == 0) & (distance >= -left * dilation) & (distance <= right * dilation)
-            )
-            masks.append(np.asarray((near | everywhere) & allowed))
+            near = (distance % dilation == 0) & (distance >= -left * dilation) & (distance <= right * dilation)
+            masks.append((near | everywhere) & allowed)
         return np.repeat(np.array(masks), 1 if len(masks) == 1 else self.group_size, axis=0)
 
     def visible_elements(self) -> Mask:
         """Return the mask of all heads together: bool of shape (q_len, kv_len), True where any of them sees the key."""
-        together: Mask = self.seen().any(axis=0)
-        return together
+        return np.asarray(self.seen().any(axis=0))
 
     def _global_positions(self) -> npt.NDArray[np.int64]:
         return np.concatenate([np.arange(self.first_globals), self.later_globals])

@@ -13,9 +13,8 @@ from simattn.algorithms import flash2, forms
 from simattn.algorithms.flash3 import packed_rows, unpacked_rows
 from simattn.algorithms.kernels import BackwardArrays, ForwardArrays, GroupedGradient, convert, fill
 from simattn.machine import Array, Machine
-from simattn.masks import is_integer
 from simattn.plan import Plan, check_choice
-from simattn.problem import AttentionProblem, Direction, PackedProblem, checked_integer
+from simattn.problem import AttentionProblem, Direction, PackedProblem, checked_integer, checked_window
 from simattn.traffic import ArrayTraffic
 
 Values = npt.NDArray[Any]
@@ -46,15 +45,15 @@ def checked_sides(window: Any) -> tuple[int, int]:
 
     Raises
     ------
-    ValueError
-        If there is none, or a side is unlimited.
+    TypeError, ValueError
+        If it is none, or a side is unlimited.
     """
-    if window is None or not all(is_integer(side) for side in window):
+    sides = checked_window(window)
+    if sides is None or sides[0] is None or sides[1] is None:
         raise ValueError(
             f"window={window!r}: expected a pair (left, right) of integers; (W - 1, 0) is W keys, the own one included"
         )
-    left, right = window
-    return left, right
+    return sides[0], sides[1]
 
 
 def receptive_field(
@@ -87,7 +86,7 @@ def receptive_field(
     (16380, 0)
     """
     layers, dilation = checked_integer("layers", layers, 1), checked_integer("dilation", dilation, 1)
-    left, right = (checked_integer(f"window[{index}]", side, 0) for index, side in enumerate(checked_sides(window)))
+    left, right = checked_sides(window)
     return layers * left * dilation, 0 if causal else layers * right * dilation
 
 
