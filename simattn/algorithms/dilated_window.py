@@ -152,6 +152,12 @@ class DilatedWindowProblem(WindowProblem):
             for projections in ("shared", "own")
         ]
 
+    @classmethod
+    def needed_arguments(cls, direction: Direction) -> dict[str, Any]:
+        """Return Longformer's window of 512 keys beside the own one."""
+        window = {"window": (256, 256)}
+        return {**window, "q_len": 1} if direction == "decode" else window
+
     def of_one_row(self) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip."""
         return replace(

@@ -72,6 +72,8 @@ class OverlappedWindowProblem(WindowProblem):
             raise ValueError(f"window={self.window!r}: expected None, windows are given by window_len and overlap")
         if self.kv_len != self.q_len:
             raise ValueError(f"kv_len={self.kv_len}: expected q_len={self.q_len}, windows are cut from one sequence")
+        if self.window_len is None:
+            raise ValueError("window_len=None: expected the number of tokens of a window")
         object.__setattr__(self, "window_len", checked_integer("window_len", self.window_len, 1))
         object.__setattr__(self, "overlap", checked_integer("overlap", self.overlap, 0))
         if self.overlap >= self.window_len:
@@ -92,6 +94,11 @@ class OverlappedWindowProblem(WindowProblem):
             for length, overlap in choices
             for pairs in ("once", "per_window")
         ]
+
+    @classmethod
+    def needed_arguments(cls, direction: Direction) -> dict[str, Any]:
+        """Return windows that share half of their tokens with each neighbour."""
+        return {"window_len": 512, "overlap": 256}
 
     def of_one_row(self) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip, or of few if there is a merge."""

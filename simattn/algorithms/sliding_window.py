@@ -92,6 +92,12 @@ class SlidingWindowProblem(WindowProblem):
         slots = problem.kv_len
         return [{"total_tokens": tokens} for tokens in (1, max(1, slots - 1), slots, slots + 2, 1 << 60)]
 
+    @classmethod
+    def needed_arguments(cls, direction: Direction) -> dict[str, Any]:
+        """Return a window, and of a decoding step how many tokens there are, so many that the cache is full."""
+        window = {"window": (4095, 0)}
+        return {**window, "q_len": 1, "kv_len": 4096, "total_tokens": 1 << 20} if direction == "decode" else window
+
     @property
     def filled_slots(self) -> int:
         """Keys of the cache that a token has reached."""
