@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from simattn.algorithms.windows import (
 from simattn.hardware import Hardware
 from simattn.machine import Machine
 from simattn.masks import Visibility
-from simattn.plan import PlanKind, Tiles, candidates
+from simattn.plan import PlanKind, Tiles, candidates, check_choice
 from simattn.problem import AttentionProblem, Direction, checked_integer
 from simattn.sums import ceil_div
 from simattn.traffic import Traffic
@@ -142,10 +142,12 @@ class SlidingWindowPlan(flash2.Flash2Plan):
         1 a thread block for each query head.
     """
 
+    repeat_kv: Literal[False] = False
     packed_heads: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("repeat_kv", self.repeat_kv, (False,))
         if self.packed_heads is not None:
             checked_integer("packed_heads", self.packed_heads, 1)
 
