@@ -98,19 +98,28 @@ class DilatedWindowProblem(WindowProblem):
 
     def _checked_global_tokens(self) -> int | tuple[int, ...]:
         given = self.global_tokens
-        if isinstance(given, (tuple, list, np.ndarray)):
-            positions = tuple(checked_integer(f"global_tokens[{i}]", token, 0) for i, token in enumerate(given))
-            for index, (one, two) in enumerate(pairwise(positions), 1):
-                if one >= two:
-                    raise ValueError(f"global_tokens[{index}]={two} after {one}: expected ascending positions")
-            if positions and positions[-1] >= self.kv_len:
-                raise ValueError(f"global_tokens holds {positions[-1]}: expected positions below kv_len={self.kv_len}")
-            return positions
-        if not is_integer(given):
-            raise TypeError(f"global_tokens={given!r}: expected a number of first tokens, or ascending positions")
-        if not 0 <= given <= self.kv_len:
-            raise ValueError(f"global_tokens={given}: expected at least 0 and at most kv_len={self.kv_len}")
-        return int(given)
+        if not isinstance(given, (tuple, list, np.ndarray)):
+            if not is_integer(given):
+                raise TypeError(f"global_tokens={given!r}: expected a number of first tokens, or ascending positions")
+            if not 0 <= given <= self.kv_len:
+                raise ValueError(f"global_tokens={given}: expected at least 0 and at most kv_len={self.kv_len}")
+            return int(given)
+        positions = np.asarray(given)
+        if positions.ndim != 1 or (len(positions) and positions.dtype.kind not in "iu"):
+            raise TypeError(
+                f"global_tokens has shape {positions.shape} and dtype {positions.dtype}: expected a row of integers"
+            )
+        wrong = np.flatnonzero((positions < 0) | (positions >= self.kv_len))
+        if len(wrong):
+            raise ValueError(
+                f"global_tokens[{wrong[0]}]={positions[wrong[0]]}: expected positions from 0 to below "
+                f"kv_len={self.kv_len}"
+            )
+        wrong = np.flatnonzero(np.diff(positions) <= 0)
+        if len(wrong):
+            one, two = positions[wrong[0] : wrong[0] + 2]
+            raise ValueError(f"global_tokens[{wrong[0] + 1}]={two} after {one}: expected ascending positions")
+        return tuple(positions.tolist())
 
     def check_direction(self, direction: Direction) -> None:
         """Raise a ValueError if there are several queries in a decoding step."""
@@ -190,7 +199,8 @@ class DilatedWindowProblem(WindowProblem):
         """How many tokens at the beginning of the keys are all global."""
         if isinstance(self.global_tokens, int):
             return self.global_tokens
-        return next((i for i, token in enumerate(self.global_tokens) if i != token), len(self.global_tokens))
+        elsewhere = np.flatnonzero(np.array(self.global_tokens) != np.arange(len(self.global_tokens)))
+        return int(elsewhere[0]) if len(elsewhere) else len(self.global_tokens)
 
     @cached_property
     def later_globals(self) -> npt.NDArray[np.int64]:
@@ -225,11 +235,16 @@ class DilatedWindowProblem(WindowProblem):
         return self.global_projections == "own" and self.global_rows > 0
 
     @cached_property
+    def dilations(self) -> tuple[int, ...]:
+        """The dilation of all heads, or one for each KV head; what reaches beyond all keys is cut to their number."""
+        given = (self.dilation,) if isinstance(self.dilation, int) else self.dilation
+        return tuple(min(number, max(1, self.kv_len)) for number in given)
+
+    @cached_property
     def heads_by_dilation(self) -> dict[int, npt.NDArray[np.int64]]:
         """The KV heads of each dilation."""
-        if isinstance(self.dilation, int):
-            return {self.dilation: np.arange(self.kv_heads)}
-        return {number: np.flatnonzero(np.array(self.dilation) == number) for number in sorted(set(self.dilation))}
+        of_heads = np.resize(np.array(self.dilations), self.kv_heads)
+        return {number: np.flatnonzero(of_heads == number) for number in sorted(set(self.dilations))}
 
     def of_dilation(self, dilation: int) -> DilatedWindowProblem:
         """Return the problem of the KV heads with a dilation."""
@@ -249,7 +264,7 @@ class DilatedWindowProblem(WindowProblem):
         allowed = keys <= queries if self.causal else np.ones((1, 1), dtype=np.bool_)
         left, right = self.sides
         masks: list[Mask] = []
-        for dilation in [self.dilation] if isinstance(self.dilation, int) else self.dilation:
+        for dilation in self.dilations:
             distance = keys - queries
             near = (distance % dilation == 0) & (distance >= -left * dilation) & (distance <= right * dilation)
             masks.append((near | everywhere) & allowed)

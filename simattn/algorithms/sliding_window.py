@@ -1,4 +1,4 @@
-"""Sliding-window attention (Child et al. 2019; Mistral 7B: Jiang et al. 2023, arXiv 2310.06825), with a rolling cache.
+"""Sliding-window attention, with a rolling cache (Mistral 7B: Jiang et al. 2023, arXiv 2310.06825).
 
 Every query sees a band of keys around its own position, and only tiles that the band touches are loaded: bytes and
 FLOPs are O(N · W). A model that decodes keeps the last W keys and values, position p in slot p mod W.

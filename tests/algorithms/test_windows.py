@@ -214,6 +214,13 @@ def test_each_head_has_its_dilation():
         assert_same_bits(together.lse[:, 2 * head : 2 * head + 2], alone.lse)
 
 
+def test_dilations_beyond_the_keys_are_alike():
+    inputs = arrays(9)
+    one, two = (simattn.run("dilated_window", **forward(inputs), window=(2, 1), dilation=d) for d in (9, 1 << 70))
+    assert_equal_runs(one, two)
+    assert_same_bits(one.out, np.repeat(inputs["v"], 2, axis=2))
+
+
 def test_own_projections_that_are_the_shared_ones_change_nothing():
     inputs, rows = arrays(15), [0, 1, 9]
     shared = {"window": (2, 1), "dilation": 2, "global_tokens": (0, 1, 9), "arithmetic": "float64"}
@@ -523,7 +530,10 @@ WHOLE = simattn.BlockMask.from_array(np.ones((1, 1), bool), q_block=8, kv_block=
         (DILATED, {"global_tokens": -1}, ValueError, "global_tokens=-1: expected at least 0"),
         (DILATED, {"global_tokens": "all"}, TypeError, "global_tokens='all': expected a number of first tokens"),
         (DILATED, {"global_tokens": (3, 3)}, ValueError, r"global_tokens\[1\]=3 after 3: expected ascending"),
-        (DILATED, {"global_tokens": (3, 8)}, ValueError, "global_tokens holds 8: expected positions below kv_len=8"),
+        (DILATED, {"global_tokens": (3, 8)}, ValueError, r"global_tokens\[1\]=8: expected positions .* below kv_len=8"),
+        (DILATED, {"global_tokens": (-1, 3)}, ValueError, r"global_tokens\[0\]=-1: expected positions from 0"),
+        (DILATED, {"global_tokens": (0.5,)}, TypeError, "global_tokens has shape .* float64: expected a row of"),
+        (DILATED, {"global_tokens": ((1, 2),)}, TypeError, r"global_tokens has shape \(1, 2\) .*: expected a row"),
         (DILATED, {"global_projections": "none"}, ValueError, "global_projections='none': expected one of"),
         (DILATED, {"direction": "decode"}, ValueError, "q_len=8 with direction='decode': expected 1"),
         (DILATED, {"dq": "deterministic"}, ValueError, "dq='deterministic': expected one of"),
