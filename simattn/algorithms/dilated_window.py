@@ -529,9 +529,6 @@ def forward(machine: Machine, problem: DilatedWindowProblem, plan: DilatedWindow
     """Attend class by class, with the global keys in the same softmax, and then from global tokens to all keys."""
     arrays = declare_forward(machine, problem, plan)
     for dilation, heads in problem.heads_by_dilation.items():
-        if len(heads) == problem.kv_heads:
-            local_rows(machine, problem.of_dilation(dilation), plan, arrays)
-            continue
         names = ("q", "k", "v", "out", "lse")
         chosen = {name: heads_of(getattr(arrays, name), problem.kv_heads, heads) for name in names}
         local_rows(machine, problem.of_dilation(dilation), plan, ForwardArrays(**chosen))
@@ -634,9 +631,6 @@ def backward(machine: Machine, problem: DilatedWindowProblem, plan: DilatedWindo
     dq, dk, dv = totals[""]
     sums = GradientSums(**arrays, delta=delta, dq=dq, dk=dk, dv=dv)
     for dilation, heads in problem.heads_by_dilation.items():
-        if len(heads) == problem.kv_heads:
-            local_gradients(machine, problem.of_dilation(dilation), plan, sums)
-            continue
 
         def choose(array: Array, heads: npt.NDArray[np.int64] = heads) -> Array:
             return heads_of(array, problem.kv_heads, heads)

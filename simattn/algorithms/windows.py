@@ -122,8 +122,8 @@ def put_back(array: Array, part: Array, where: Where) -> None:
 
 
 def heads_of(array: Array, kv_heads: int, chosen: npt.NDArray[np.int64]) -> Array:
-    """Return a copy of the rows of some KV heads and their query heads."""
-    if array.values is None:
+    """Return the rows of some KV heads and their query heads: the array itself if these are all, else a copy."""
+    if array.values is None or len(chosen) == kv_heads:
         return array
     streams, *shape = array.values.shape
     values = array.values.reshape(streams // kv_heads, kv_heads, *shape)[:, chosen]
@@ -131,8 +131,8 @@ def heads_of(array: Array, kv_heads: int, chosen: npt.NDArray[np.int64]) -> Arra
 
 
 def put_heads_back(array: Array, part: Array, kv_heads: int, chosen: npt.NDArray[np.int64]) -> None:
-    """Write the rows of some KV heads and their query heads back."""
-    if array.values is not None and part.values is not None:
+    """Write the rows of some KV heads and their query heads back, if they were copied."""
+    if array.values is not None and part.values is not None and part is not array:
         streams, *shape = array.values.shape
         whole = array.values.reshape(streams // kv_heads, kv_heads, *shape)
         whole[:, chosen] = part.values.reshape(streams // kv_heads, len(chosen), *shape)
