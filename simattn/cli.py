@@ -142,12 +142,13 @@ def _plan_value(text: str) -> Any:
     return text
 
 
-def _numbers(text: str) -> list[float]:
-    """Return numbers separated by commas, of which there is at least one comma."""
+def _numbers(text: str) -> list[float] | list[int]:
+    """Return numbers separated by commas, of which there is at least one comma; integers if all are."""
     parts = text.split(",")
     if len(parts) > 1:
-        with contextlib.suppress(ValueError):
-            return [float(part) for part in parts]
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return [kind(part) for part in parts]
     raise argparse.ArgumentTypeError(f"{text!r}: expected numbers separated by commas")
 
 

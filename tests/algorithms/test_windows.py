@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import fields, replace
 
@@ -16,6 +17,7 @@ from simattn.algorithms.dilated_window import DilatedWindowProblem, PlacedVisibi
 from simattn.algorithms.overlapped_window import OverlappedWindowProblem
 from simattn.algorithms.sliding_window import SlidingWindowProblem
 from simattn.algorithms.windows import receptive_field
+from simattn.cli import main
 from simattn.kv_cache import CacheShape
 from simattn.masks import all_rows
 from simattn.testing import (
@@ -563,3 +565,22 @@ def test_numpy_integers_and_arrays_are_taken():
     assert DilatedWindowProblem(**shape, global_tokens=np.int64(2)).global_tokens == 2
     assert SlidingWindowProblem(**shape).window == (3, 0)
     assert (sliding_window.ALGORITHM.name, dilated_window.ALGORITHM.name) == FAMILY[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "arguments"),
+    [
+        (
+            DILATED,
+            ["dilation=4,2", "global_tokens=3,7"],
+            {"window": (9, 0), "dilation": (4, 2), "global_tokens": (3, 7)},
+        ),
+        (OVERLAPPED, ["window_len=64", "overlap=32"], {"window_len": 64, "overlap": 32}),
+    ],
+)
+def test_the_command_line_takes_their_arguments(name, options, arguments, capsys):
+    command = ["count", name, "--q-len", "1000", "--heads", "2", "--json"]
+    command += ["--window", "9,0"] if "window" in arguments else []
+    assert main([*command, *(word for option in options for word in ("--option", option))]) == 0
+    counted = simattn.count(name, q_len=1000, heads=2, **arguments)
+    assert json.loads(capsys.readouterr().out)["traffic"] == list(counted.rows())
