@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from simattn.arithmetic.floating import FloatArithmetic, HiddenElements, add_in_place
 from simattn.arithmetic.formats import STORED_BYTES, numpy_dtype
-from simattn.masks import Rows, VisibleRows, all_rows
+from simattn.masks import Rows, Visibility, VisibleRows, all_rows
 from simattn.problem import AttentionProblem, Heads
 from simattn.tables import byte_text
 from simattn.traffic import COUNTERS, ArrayTraffic, Traffic
@@ -681,11 +681,14 @@ class Machine:
 
     # Masks
 
-    def hidden_elements(self, query_rows: Rows, key_rows: Rows) -> HiddenElements:
-        """Return, for each block of the stack whose tile is partly masked, its hidden (query, key) elements."""
+    def hidden_elements(self, query_rows: Rows, key_rows: Rows, visibility: Visibility | None = None) -> HiddenElements:
+        """Return, for each block of the stack whose tile is partly masked, its hidden (query, key) elements.
+
+        ``visibility`` says which keys the queries see where these are not the problem's.
+        """
         if self.arithmetic is None:
             return {}
-        visibility, stack = self.problem.keys_of_queries, self._state.stack
+        visibility, stack = visibility or self.problem.keys_of_queries, self._state.stack
         stacked = stack is query_rows or stack is key_rows
         members = np.arange(stack.count if stacked and stack is not None else 1)
         if stacked and self._state.selection is not None:

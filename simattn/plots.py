@@ -21,6 +21,7 @@ from simattn.arithmetic.formats import ITEM_BYTES, storage_name
 from simattn.bounds import compulsory_traffic, saha_ye_elements
 from simattn.hardware import Hardware, get_hardware
 from simattn.machine import CapacityError
+from simattn.problem import Direction
 from simattn.roofline import ridge_point
 from simattn.tables import byte_text, second_text
 
@@ -119,7 +120,7 @@ def traffic_against_length(
     algorithms: Iterable[str] | None = None,
     *,
     lengths: Sequence[int] = LENGTHS,
-    direction: str = "forward",
+    direction: Direction = "forward",
     ax: Axes | None = None,
     **arguments: Any,
 ) -> Axes:
@@ -128,7 +129,7 @@ def traffic_against_length(
     Parameters
     ----------
     algorithms
-        Names; default every algorithm that has the direction.
+        Names; default every algorithm that has the direction and needs no arguments of its own.
     lengths
         Rows of queries and of keys.
     direction
@@ -175,7 +176,7 @@ def traffic_against_sram(
     q_len: int = 1 << 14,
     head_dim: int = 128,
     dtype: str = "float32",
-    direction: str = "forward",
+    direction: Direction = "forward",
     ax: Axes | None = None,
     **arguments: Any,
 ) -> Axes:
@@ -188,7 +189,7 @@ def traffic_against_sram(
     Parameters
     ----------
     algorithms
-        Names; default every algorithm that has the direction.
+        Names; default every algorithm that has the direction and needs no arguments of its own.
     sram_bytes
         Sizes; default from d/2 to 16·d² elements.
     q_len, head_dim, dtype
@@ -451,9 +452,13 @@ def kv_cache_over_time(run: CacheRun, *, ax: Axes | None = None) -> Axes:
 # Counting for the pictures
 
 
-def _checked_names(algorithms: Iterable[str] | None, direction: str) -> list[str]:
+def _checked_names(algorithms: Iterable[str] | None, direction: Direction) -> list[str]:
     if algorithms is None:
-        names = [name for name, spec in ALGORITHMS.items() if direction in spec.programs]
+        names = [
+            name
+            for name, spec in ALGORITHMS.items()
+            if direction in spec.programs and not spec.problem_class.needed_arguments(direction)
+        ]
     else:
         names = [algorithms] if isinstance(algorithms, str) else list(algorithms)
         for name in names:
@@ -521,7 +526,7 @@ def _colours_of_arrays(names: Sequence[str]) -> dict[str, str]:
     return {name: _ARRAY_COLOURS.get(name) or spare[name] for name in names}
 
 
-def _title(direction: str, arguments: Mapping[str, Any]) -> str:
+def _title(direction: Direction, arguments: Mapping[str, Any]) -> str:
     heads = arguments.get("heads", 1)
     kv_heads = arguments.get("kv_heads") or heads
     parts = [

@@ -240,6 +240,11 @@ class AttentionProblem:
         """Return values of the fields that a subclass adds, for a problem of this shape, to test with."""
         return [{}]
 
+    @classmethod
+    def needed_arguments(cls, direction: Direction) -> dict[str, Any]:
+        """Return usual values of the arguments without which there is no problem of the class, of any length."""
+        return {}
+
     def settled(self, inputs: Mapping[str, npt.NDArray[Any]]) -> AttentionProblem:
         """Return the problem with every choice that its definition makes by these inputs written down.
 

@@ -471,10 +471,11 @@ def pictures(hardware: Hardware) -> list[Picture]:
 
 
 def _runs(shape: str, hardware: Hardware, direction: Direction) -> list[Run]:
+    """Return the counts of every algorithm that needs no arguments of its own."""
     return [
         profile(name, **SHAPES[shape].arguments, direction=direction, hardware=hardware)
         for name, spec in ALGORITHMS.items()
-        if direction in spec.directions
+        if direction in spec.directions and not spec.problem_class.needed_arguments(direction)
     ]
 
 

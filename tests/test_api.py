@@ -19,6 +19,12 @@ every_program = pytest.mark.parametrize(("name", "direction"), PROGRAMS)
 every_masked_program = pytest.mark.parametrize(
     ("name", "direction"), [(name, direction) for name, direction in PROGRAMS if ALGORITHMS[name].takes_any_mask]
 )
+
+
+def needed(name, direction):
+    return {"direction": direction, **ALGORITHMS[name].problem_class.needed_arguments(direction)}
+
+
 CALLS = {"forward": simattn.run, "backward": simattn.run_backward, "decode": simattn.run_decode}
 
 
@@ -250,7 +256,7 @@ def test_strided_inputs_are_read_as_they_are():
 @every_program
 def test_the_repr_of_a_run_is_its_report(name, direction):
     lengths = {"q_len": 1, "kv_len": 1 << 20} if direction == "decode" else {"q_len": 1 << 20}
-    run = simattn.profile(name, **lengths, head_dim=64, direction=direction)
+    run = simattn.profile(name, **{**lengths, "head_dim": 64, **needed(name, direction)})
     text = repr(run)
     assert text.startswith(f"{name} {direction}: tiles of {run.plan.tiles.q} query")
     assert f"{run.operations.matmul_flops:,}" in text
@@ -260,7 +266,7 @@ def test_the_repr_of_a_run_is_its_report(name, direction):
 
 @every_program
 def test_a_profile_has_no_numbers(name, direction):
-    run = simattn.profile(name, q_len=16, direction=direction)
+    run = simattn.profile(name, **{"q_len": 16, **needed(name, direction)})
     assert run.out is run.lse is run.dq is run.dk is run.dv is None
     assert run.direction == direction
     assert run.algorithm == name
@@ -268,7 +274,7 @@ def test_a_profile_has_no_numbers(name, direction):
 
 @every_program
 def test_the_default_plan_is_the_plan_used(name, direction):
-    shape = {"q_len": 300, "head_dim": 64, "causal": True, "direction": direction}
+    shape = {"q_len": 300, "head_dim": 64, "causal": True, **needed(name, direction)}
     plan = simattn.default_plan(name, **shape)
     assert simattn.profile(name, **shape).plan == plan
     assert simattn.count(name, **shape, plan=plan) == simattn.count(name, **shape)

@@ -16,6 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import simattn
+from simattn.algorithms.dilated_window import DilatedWindowProblem
+from simattn.algorithms.overlapped_window import OverlappedWindowProblem
+from simattn.algorithms.sliding_window import SlidingWindowProblem
 from simattn.cli import main
 from simattn.testing import plan_options, problems_of, tiles_for
 
@@ -152,6 +155,7 @@ def symbols_of(problem, plan):
     )
     visited = [(i, j) for i in range(len(q_tiles)) for j in range(len(kv_tiles)) if is_visited(problem, plan, i, j)]
     looped = plan.grouped_gradients == "loop" and not plan.repeat_kv
+    own = OWN_SYMBOLS.get(type(problem), lambda problem, plan: {})(problem, plan)
     depth = plan.tiles.depth or max(problem.head_dim, problem.value_dim)
     passes = getattr(plan, "passes", None) or getattr(plan, "softmax_passes", None) or 1
     return {
@@ -176,8 +180,118 @@ def symbols_of(problem, plan):
         "p": passes,
         "p'": min(passes, 2),
         "p_v": min(passes, 2),
+        "g_s": problem.heads if plan.grouped_gradients == "expand" else problem.kv_heads,
         **decoding_symbols(problem, plan),
-    }
+    } | own
+
+
+def visits_of(problem, plan):
+    """Return V_k and V_q, tile by tile."""
+    symbols = symbols_of(problem, plan)
+    return symbols["V_k"], symbols["V_q"]
+
+
+def tiled(length, tile):
+    return [(start, min(start + tile, length)) for start in range(0, length, tile)]
+
+
+def sliding_window_symbols(problem, plan):
+    packed = getattr(plan, "packed_heads", None) or problem.group_size
+    filled = sum(slot < (problem.total_tokens or 0) for slot in range(problem.kv_len))
+    return {"F": filled, "T_h": problem.heads // packed * len(tiled(packed, plan.tiles.q))}
+
+
+def placed_visits(queries, keys, causal, plan):
+    """Return the key rows that tiles of queries at some positions load, and the query rows that tiles of keys load."""
+    by_queries = by_keys = 0
+    for start, stop in tiled(len(queries), plan.tiles.q):
+        for first, end in tiled(len(keys), plan.tiles.kv):
+            if not causal or keys[first] <= queries[stop - 1]:
+                by_queries, by_keys = by_queries + end - first, by_keys + stop - start
+    return by_queries, by_keys
+
+
+def dilated_window_symbols(problem, plan):
+    """Return what is loaded of windows and global keys, head by head, class by class and tile by tile."""
+    length, shift = problem.kv_len, problem.kv_len - problem.q_len
+    tokens = problem.global_tokens
+    tokens = list(range(tokens)) if isinstance(tokens, int) else list(tokens)
+    beginning = [token for index, token in enumerate(tokens) if index == token]
+    later = tokens[len(beginning) :]
+    local = list(range(max(shift, len(beginning)), length))
+    handed = 1 if plan.grouped_gradients == "loop" else problem.group_size
+    packed = plan.packed_heads or problem.group_size
+    loaded = queries_loaded = handed_in = seen_by_last = 0
+    for dilation in [problem.dilation] * problem.kv_heads if isinstance(problem.dilation, int) else problem.dilation:
+        for rest in range(min(dilation, length)):
+            queries = [position for position in local if position % dilation == rest]
+            keys = range(rest, length, dilation)
+            band = simattn.AttentionProblem(
+                q_len=len(queries), kv_len=len(keys), window=problem.window, causal=problem.causal
+            )
+            visits = [visits_of(band, plan)] if queries else [(0, 0)]
+            visits.append((placed_visits(queries, beginning, problem.causal, plan)[0], 0))
+            visits.append((placed_visits(queries, later, problem.causal, plan)[0], 0))
+            loaded += problem.group_size * sum(one for one, _ in visits)
+            queries_loaded += problem.group_size * sum(two for _, two in visits)
+            handed_in += handed * len(keys) * bool(queries)
+        for keys in (beginning, later):
+            queries_loaded += problem.group_size * placed_visits(local, keys, problem.causal, plan)[1]
+            handed_in += handed * len(keys) * bool(local)
+        near = {length - 1 - step * dilation for step in range(problem.window[0] + 1)}
+        keys = {key for key in near if key >= 0} | set(tokens)
+        seen_by_last += length if length - 1 in tokens else len(keys)
+    parts = [([token for token in some if token >= shift], some is beginning) for some in (beginning, later)]
+    global_keys = global_queries = global_handed = 0
+    for rows, is_beginning in parts:
+        if rows:
+            keys = range(len(beginning) if is_beginning and problem.causal else length)
+            one, two = placed_visits(rows, keys, problem.causal, plan)
+            global_keys, global_queries = global_keys + one, global_queries + two
+            global_handed += len(keys)
+    return {
+        "R": len(local), "G": sum(len(rows) for rows, _ in parts),
+        "L_k": loaded, "L_q": queries_loaded, "E": handed_in,
+        "G_k": global_keys, "G_q": global_queries, "G_e": global_handed,
+        "S": seen_by_last * (problem.group_size // packed) * len(tiled(packed, plan.tiles.q)),
+    }  # fmt: skip
+
+
+def overlapped_window_symbols(problem, plan):
+    """Return what the pieces of all windows load, window by window, and what the merge loads, tile by tile."""
+    length, step = problem.q_len, problem.window_len - problem.overlap
+    starts = [0] if length else []
+    while starts and starts[-1] + problem.window_len < length:
+        starts.append(starts[-1] + step)
+    windows = [range(start, min(start + problem.window_len, length)) for start in starts]
+    rows = keys = loaded = queries_loaded = 0
+    for index, tokens in enumerate(windows):
+        shared = problem.overlap if index and problem.pairs == "once" else 0
+        pieces = [(tokens[shared:], tokens, problem.causal)]
+        if shared and not problem.causal:
+            pieces.append((tokens[:shared], tokens[shared:], False))
+        for queries, seen, causal in pieces:
+            one, two = placed_visits(queries, seen, causal, plan)
+            rows, keys = rows + len(queries), keys + len(seen)
+            loaded, queries_loaded = loaded + one, queries_loaded + two
+    merges = len(windows) > 1 and problem.overlap and not (problem.causal and problem.pairs == "once")
+    merged = sum(
+        (stop - start) * sum(tokens[0] < stop and tokens[-1] >= start for tokens in windows)
+        for start, stop in tiled(length, plan.tiles.q)
+    )
+    handed = problem.kv_heads if plan.grouped_gradients == "loop" else problem.heads
+    return {
+        "P": rows, "P_m": rows if merges else 0, "M_r": merged if merges else 0, "P_k": keys, "E": handed * keys,
+        "V_k": loaded, "V_q": queries_loaded,
+    }  # fmt: skip
+
+
+OWN_SYMBOLS = {
+    SlidingWindowProblem: sliding_window_symbols,
+    DilatedWindowProblem: dilated_window_symbols,
+    OverlappedWindowProblem: overlapped_window_symbols,
+}
+"""What the pages of algorithms with problems of their own call sizes besides."""
 
 
 def decoding_symbols(problem, plan):
@@ -243,6 +357,7 @@ def bytes_of_table(name, problem, plan, direction, symbols):
         "apart": getattr(plan, "hbm_accumulator", "float32") == "float32" and stored != "float32",
         "grouped_gradients": grouped,
         "divides": getattr(problem, "divides", True),
+        "own": getattr(problem, "has_own_projections", False),
         "maps": hasattr(problem, "map") and problem.map.name != "identity",
     }
     total = {}
@@ -299,9 +414,11 @@ def test_elements_are_the_closed_forms(name, length, head_dim, tiles):
     algorithm, direction, *settings = name.split()
     options = {key: int(value) if value.isdigit() else value for key, value in (item.split("=") for item in settings)}
     spec = simattn.ALGORITHMS[algorithm]
-    problem = spec.problem_class(q_len=length, head_dim=head_dim, dtype="float32")
+    sizes = {"q_len": length, "head_dim": head_dim, "dtype": "float32"}
+    sizes |= spec.problem_class.needed_arguments(direction)
+    problem = spec.problem_class(**sizes)
     tiles = (tiles[0], problem.key_tile(tiles[1]), *(tiles[2:] if spec.chunks_columns else ()))
-    shape = {"q_len": length, "head_dim": head_dim, "dtype": "float32", "tiles": tiles, "direction": direction}
+    shape = {**sizes, "tiles": tiles, "direction": direction}
     traffic = simattn.closed_form(algorithm, **shape, **options, enforce_capacity=False)
     plan = simattn.default_plan(algorithm, **shape, **options, enforce_capacity=False)
     assert 4 * value_of(formulas()[1][name], symbols_of(problem, plan)) == traffic.hbm_bytes

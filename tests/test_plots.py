@@ -30,7 +30,11 @@ def line(axes, label):
 
 
 def algorithms_with(direction):
-    return [name for name, spec in simattn.ALGORITHMS.items() if direction in spec.directions]
+    return [
+        name
+        for name, spec in simattn.ALGORITHMS.items()
+        if direction in spec.directions and not spec.problem_class.needed_arguments(direction)
+    ]
 
 
 @pytest.fixture

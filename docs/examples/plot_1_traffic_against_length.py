@@ -25,17 +25,19 @@ figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
 simattn.plots.traffic_against_length(ax=axes, direction="backward", **shape)
 
 # %%
-# The exponents, fitted to counts at lengths where the lower-order terms no longer matter:
+# The exponents, fitted to counts at lengths where the lower-order terms no longer matter; windows have a usual size:
 
 from simattn.bounds import fit_exponents
 
 for name, algorithm in simattn.ALGORITHMS.items():
-    for direction in (one for one in ("forward", "backward") if one in algorithm.directions):
-        rows = [
-            {"N": length, "bytes": simattn.count(name, q_len=length, direction=direction, **shape).hbm_bytes}
-            for length in (1 << exponent for exponent in range(17, 23))
-        ]
-        print(f"{name:15} {direction:9} {fit_exponents(rows, ['N'], value='bytes')}")
+    for direction in ("forward", "backward"):
+        if direction in algorithm.directions:
+            arguments = {**shape, **algorithm.problem_class.needed_arguments(direction), "direction": direction}
+            rows = [
+                {"N": length, "bytes": simattn.count(name, q_len=length, **arguments).hbm_bytes}
+                for length in (1 << exponent for exponent in range(17, 23))
+            ]
+            print(f"{name:17} {direction:9} {fit_exponents(rows, ['N'], value='bytes')}")
 
 # %%
 # What the bytes are, at 16,384 tokens:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from simattn.algorithms import (
+    dilated_window,
     flash1,
     flash2,
     flash3,
     lightning2,
     linear,
     online_softmax,
+    overlapped_window,
     paged,
+    sliding_window,
     small_cache,
     split_kv,
     standard,
@@ -27,6 +30,9 @@ ALGORITHMS: dict[str, Algorithm] = {
         small_cache,
         linear,
         lightning2,
+        sliding_window,
+        dilated_window,
+        overlapped_window,
         split_kv,
         paged,
     )

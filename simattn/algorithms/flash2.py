@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from simattn.algorithms.kernels import (
     BackwardArrays,
     ForwardArrays,
     GroupedGradient,
+    KeySource,
     convert,
     declare_backward,
     declare_forward,
@@ -29,6 +31,7 @@ from simattn.algorithms.steps import (
 )
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine
+from simattn.masks import VisibleRows
 from simattn.plan import Plan, PlanKind, Tiles, candidates, check_choice, check_flag
 from simattn.problem import AttentionProblem, Direction, checked_integer
 from simattn.sums import ceil_div
@@ -87,25 +90,35 @@ def forward(machine: Machine, problem: AttentionProblem, plan: Flash2Plan) -> No
     attend(machine, problem, plan, declare_forward(machine, problem, plan))
 
 
-def attend(machine: Machine, problem: AttentionProblem, plan: Flash2Plan, arrays: ForwardArrays) -> None:
-    """Attend from and to the given arrays, as :func:`forward` does."""
+def attend(
+    machine: Machine,
+    problem: AttentionProblem,
+    plan: Flash2Plan,
+    arrays: ForwardArrays,
+    further: Sequence[KeySource] = (),
+) -> None:
+    """Attend from and to the given arrays, as :func:`forward` does, and to ``further`` keys in the same softmax."""
     tiles, place = plan.tiles, plan.accumulators
     width = max(tiles.kv, problem.head_dim, problem.value_dim)
     staged_as = problem.dtype if plan.stage_probabilities else None
+    sources = (KeySource(arrays.k, arrays.v, problem.keys_of_queries), *further)
     for query_rows in machine.thread_blocks(problem.q_len, tiles.q, width=width):
         # load
         q = machine.load(arrays.q, query_rows)
         score_descales = descales(machine, "q", "k")
         state = SoftmaxState.empty(machine, query_rows, problem.value_dim, place)
-        for key_rows in machine.tiles(problem.visible_keys(query_rows), tiles.kv):
-            # load
-            k = machine.load(arrays.k, key_rows, stages=plan.stages)
-            v = machine.load(arrays.v, key_rows, stages=plan.stages)
-            # compute
-            scores, hidden = masked_scores(machine, q, k, query_rows, key_rows, place=place, descales=score_descales)
-            if plan.transpose_float8_values and problem.is_float8:
-                machine.transpose_in_place(v)
-            update_softmax(machine, state, scores, v, hidden, staged_as=staged_as)
+        for source in sources:
+            for key_rows in machine.tiles(VisibleRows(source.seen, query_rows), tiles.kv):
+                # load
+                k = machine.load(source.k, key_rows, stages=plan.stages)
+                v = machine.load(source.v, key_rows, stages=plan.stages)
+                # compute
+                scores, hidden = masked_scores(
+                    machine, q, k, query_rows, key_rows, place=place, descales=score_descales, seen=source.seen
+                )
+                if plan.transpose_float8_values and problem.is_float8:
+                    machine.transpose_in_place(v)
+                update_softmax(machine, state, scores, v, hidden, staged_as=staged_as)
         # finish
         value_descale = descales(machine, "v")
         finish_softmax(machine, state, arrays, query_rows, descales=value_descale, staged=plan.stage_results)
@@ -136,9 +149,25 @@ def key_gradients(
     dq_sums: Array | None,
 ) -> None:
     """Compute dK and dV, and with ``dq_sums`` also add up dQ, by key tiles."""
-    tiles, place = plan.tiles, plan.accumulators
     dk_total = GroupedGradient.declare(machine, arrays.dk, plan)
     dv_total = GroupedGradient.declare(machine, arrays.dv, plan)
+    hand_in_gradients(machine, problem, plan, arrays, delta, dq_sums, dk_total, dv_total)
+    dk_total.finish(machine, plan)
+    dv_total.finish(machine, plan)
+
+
+def hand_in_gradients(
+    machine: Machine,
+    problem: AttentionProblem,
+    plan: Flash2Plan,
+    arrays: BackwardArrays,
+    delta: Array,
+    dq_sums: Array | None,
+    dk_total: GroupedGradient,
+    dv_total: GroupedGradient,
+) -> None:
+    """Hand dK and dV of every key tile in to sums that the caller finishes, and with ``dq_sums`` add up dQ."""
+    tiles, place = plan.tiles, plan.accumulators
     sequential = plan.dq == "load_add_store"
     for key_rows in key_blocks(machine, problem, plan, dk_total.per, sequential=sequential):
         # load
@@ -175,8 +204,6 @@ def key_gradients(
         machine.scale(dk, problem.scale)
         dk_total.add(machine, dk, key_rows)
         dv_total.add(machine, dv, key_rows)
-    dk_total.finish(machine, plan)
-    dv_total.finish(machine, plan)
 
 
 def query_gradients(

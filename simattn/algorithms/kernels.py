@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from simattn.machine import Array, Machine, Tile
-from simattn.masks import Rows
+from simattn.masks import Rows, Visibility
 from simattn.plan import Plan
 from simattn.problem import AttentionProblem, Heads
 
@@ -20,6 +20,15 @@ class ForwardArrays:
     v: Array
     out: Array
     lse: Array
+
+
+@dataclass
+class KeySource:
+    """Keys and values that a forward pass streams past its queries, and which of them each query sees."""
+
+    k: Array
+    v: Array
+    seen: Visibility
 
 
 @dataclass
@@ -191,7 +200,7 @@ class GroupedGradient:
         """Sum or convert what the thread blocks handed in."""
         if self.grouped == "expand":
             sum_heads(machine, self.partial, self.target, plan)
-        elif self.grouped == "reduce":
+        elif self.reduces:
             convert(machine, self.partial, self.target, plan)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from simattn.algorithms.kernels import ForwardArrays
 from simattn.arithmetic.floating import HiddenElements
 from simattn.machine import Array, Machine, Place, Tile
-from simattn.masks import Rows
+from simattn.masks import Rows, Visibility
 
 
 @dataclass
@@ -38,10 +38,11 @@ def masked_scores(
     *,
     place: Place,
     descales: tuple[Tile, ...] = (),
+    seen: Visibility | None = None,
 ) -> tuple[Tile, HiddenElements]:
-    """Return scale · q kᵀ with hidden elements at −inf, and which those are."""
+    """Return scale · q kᵀ with hidden elements at −inf, and which those are, by ``seen`` or else the problem's mask."""
     scores = machine.scores(q, k, place=place, descales=descales)
-    hidden = machine.hidden_elements(query_rows, key_rows)
+    hidden = machine.hidden_elements(query_rows, key_rows, seen)
     machine.hide(scores, hidden, -math.inf)
     return scores, hidden
 

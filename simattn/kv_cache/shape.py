@@ -67,6 +67,34 @@ class CacheShape:
         """
         return checked_count("batch", batch, least=0) * checked_count("length", length, least=0) * self.bytes_per_token
 
+    def rolling_bytes(self, *, window: int, length: int | None = None, batch: int = 1) -> int:
+        """Return the bytes of caches that keep the last ``window`` tokens, position p in slot p mod window.
+
+        Parameters
+        ----------
+        window
+            Slots: tokens that a query sees, the own one included.
+        length
+            Tokens so far, of which the cache holds those that fit; None counts all slots, used or not.
+        batch
+            Sequences.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a number is not an integer of at least 0, or the window has no slot.
+
+        Examples
+        --------
+        >>> mistral = CacheShape(layers=32, kv_heads=8, key_dim=128)
+        >>> mistral.rolling_bytes(window=4096), mistral.bytes(length=32_768) // mistral.rolling_bytes(window=4096)
+        (536870912, 8)
+        """
+        slots = checked_count("window", window)
+        if length is not None:
+            slots = min(slots, checked_count("length", length, least=0))
+        return self.bytes(length=slots, batch=batch)
+
     def tokens_in(self, pool_bytes: int) -> int:
         """Return how many whole tokens a pool of ``pool_bytes`` bytes holds.
 
