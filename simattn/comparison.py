@@ -213,11 +213,13 @@ def _direction(algorithm: str, phase: Phase) -> Direction | None:
 def _variants(algorithm: str, model: ModelShape, phase: Phase) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the default plan and, in decoding, what else the query heads of a KV head can do: share a block, or not."""
     yield "", {}
-    names = {item.name for item in fields(ALGORITHMS[algorithm].plan_class)}
+    defaults = {item.name: item.default for item in fields(ALGORITHMS[algorithm].plan_class)}
     if phase == "decode" and model.group_size > 1:
-        if "packed_heads" in names:
+        if defaults.get("packed_heads", 0) == 1:
             yield "heads packed", {"packed_heads": model.group_size}
-        if "query_heads" in names:
+        if "packed_heads" in defaults and defaults["packed_heads"] is None:
+            yield "one head per block", {"packed_heads": 1}
+        if "query_heads" in defaults:
             yield "one head per block", {"query_heads": "one_per_block"}
 
 
@@ -231,13 +233,14 @@ def _row(
     batch: int,
     gpu: Hardware,
 ) -> ComparisonRow:
-    step: dict[str, Any] = {"direction": _direction(algorithm, phase)}
-    if phase == "decode":
-        step |= {"q_len": 1, "kv_len": length}
-    else:
-        step |= {"q_len": length, "causal": True}
+    usual = ALGORITHMS[algorithm].problem_class.usual_arguments(
+        "decode" if phase == "decode" else "forward", length, model.window
+    )
+    if phase == "prefill":
+        usual["causal"] = True
+    direction = _direction(algorithm, phase)
     try:
-        run = profile(algorithm, batch=batch, **model.arguments, **step, **options, hardware=gpu)
+        run = profile(algorithm, batch=batch, **model.sizes, **usual, direction=direction, **options, hardware=gpu)
     except ValueError as error:
         return ComparisonRow(phase=phase, algorithm=algorithm, variant=variant, refusal=str(error))
     return _counted(run, variant, model.layers, phase, gpu)

@@ -81,9 +81,9 @@ class ModelShape:
         )
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of a count."""
-        names = ("heads", "kv_heads", "head_dim", "value_dim", "dtype", "window")
+    def sizes(self) -> dict[str, Any]:
+        """The arguments of a count that are sizes, and the format."""
+        names = ("heads", "kv_heads", "head_dim", "value_dim", "dtype")
         return {name: getattr(self, name) for name in names}
 
 

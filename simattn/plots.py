@@ -10,8 +10,8 @@ touches pyplot, so no global backend is chosen: save with ``axes.figure.savefig(
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,7 @@ from simattn.arithmetic.formats import ITEM_BYTES, storage_name
 from simattn.bounds import compulsory_traffic, saha_ye_elements
 from simattn.hardware import Hardware, get_hardware
 from simattn.machine import CapacityError
-from simattn.problem import Direction
+from simattn.problem import AttentionProblem, Direction
 from simattn.roofline import ridge_point
 from simattn.tables import byte_text, second_text
 
@@ -129,7 +129,7 @@ def traffic_against_length(
     Parameters
     ----------
     algorithms
-        Names; default every algorithm that has the direction and needs no arguments of its own.
+        Names; default every algorithm that has the direction.
     lengths
         Rows of queries and of keys.
     direction
@@ -153,12 +153,11 @@ def traffic_against_length(
     lengths = _checked_axis("lengths", lengths)
     ax = _axes(ax)
     ends: list[_End] = []
-    once: list[int] = []
     for name in names:
-        runs = [profile(name, q_len=length, direction=direction, **arguments) for length in lengths]
-        once = [compulsory_traffic(run.problem, run.direction).hbm_bytes for run in runs]
+        runs = [profile(name, **_usual(name, direction, length, arguments)) for length in lengths]
         line = ax.plot(lengths, [run.traffic.hbm_bytes for run in runs], label=name, **_line(name))[0]
         ends.append(_End.of(line))
+    once = [compulsory_traffic(problem, direction).hbm_bytes for problem in _problems(direction, lengths, arguments)]
     line = ax.plot(lengths, once, label="inputs and outputs once", **_reference())[0]
     ends.append(_End.of(line))
     _bytes_axis(ax)
@@ -189,7 +188,7 @@ def traffic_against_sram(
     Parameters
     ----------
     algorithms
-        Names; default every algorithm that has the direction and needs no arguments of its own.
+        Names; default every algorithm that has the direction.
     sram_bytes
         Sizes; default from d/2 to 16·d² elements.
     q_len, head_dim, dtype
@@ -221,11 +220,11 @@ def traffic_against_sram(
         sram_bytes = [size * item_bytes for size in _half_octaves(max(1, head_dim // 2), 16 * head_dim**2)]
     sizes = _checked_axis("sram_bytes", sram_bytes)
     _checked_axis("q_len", [q_len])
-    shape = {"q_len": q_len, "head_dim": head_dim, "dtype": dtype, **arguments}
+    shape = {"head_dim": head_dim, "dtype": dtype, **arguments}
     ax = _axes(ax)
     ends: list[_End] = []
     for name in names:
-        points = _fitting_traffic(name, sizes, direction=direction, **shape)
+        points = _fitting_traffic(name, sizes, **_usual(name, direction, q_len, shape))
         if not points:
             continue
         elements, traffic = zip(*((size / item_bytes, count) for size, count in points), strict=True)
@@ -242,7 +241,7 @@ def traffic_against_sram(
 
     _draw_references(ax, sram_elements, head_dim**2, reference)
     ax.set_xlabel(f"SRAM of a thread block, M ({dtype} elements)")
-    ax.set_title(_title(direction, shape), loc="left", fontsize="medium")
+    ax.set_title(_title(direction, {"q_len": q_len, **shape}), loc="left", fontsize="medium")
     _label_ends(ax, ends)
     return ax
 
@@ -454,11 +453,7 @@ def kv_cache_over_time(run: CacheRun, *, ax: Axes | None = None) -> Axes:
 
 def _checked_names(algorithms: Iterable[str] | None, direction: Direction) -> list[str]:
     if algorithms is None:
-        names = [
-            name
-            for name, spec in ALGORITHMS.items()
-            if direction in spec.programs and not spec.problem_class.needed_arguments(direction)
-        ]
+        names = [name for name, spec in ALGORITHMS.items() if direction in spec.programs]
     else:
         names = [algorithms] if isinstance(algorithms, str) else list(algorithms)
         for name in names:
@@ -466,6 +461,20 @@ def _checked_names(algorithms: Iterable[str] | None, direction: Direction) -> li
     if not names:
         raise ValueError(f"algorithms={algorithms!r}: expected at least one algorithm with direction={direction!r}")
     return names
+
+
+def _usual(algorithm: str, direction: Direction, length: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an algorithm's usual problem of a length, those that are given in place of its own."""
+    usual = get_algorithm(algorithm).problem_class.usual_arguments(direction, length, arguments.get("window"))
+    return {**usual, **arguments, "direction": direction}
+
+
+def _problems(direction: Direction, lengths: Sequence[int], arguments: Mapping[str, Any]) -> Iterator[AttentionProblem]:
+    """Yield attention under any mask, of each length."""
+    names = {item.name for item in fields(AttentionProblem)}
+    given = {name: value for name, value in arguments.items() if name in names}
+    for length in lengths:
+        yield AttentionProblem(**{**AttentionProblem.usual_arguments(direction, length), **given})
 
 
 def _checked_axis(name: str, values: Sequence[int]) -> list[int]:

@@ -241,9 +241,20 @@ class AttentionProblem:
         return [{}]
 
     @classmethod
-    def needed_arguments(cls, direction: Direction) -> dict[str, Any]:
-        """Return usual values of the arguments without which there is no problem of the class, of any length."""
-        return {}
+    def usual_arguments(cls, direction: Direction, length: int, window: Window | None = None) -> dict[str, Any]:
+        """Return the arguments that make a usual problem of the class besides heads and columns.
+
+        Parameters
+        ----------
+        direction
+            Which program is to take it; "decode" is a step of one new query.
+        length
+            Tokens of a sequence, the new one included.
+        window
+            Keys that a query sees on either side, if they are limited.
+        """
+        lengths = {"q_len": 1, "kv_len": length} if direction == "decode" else {"q_len": length}
+        return lengths if window is None else {**lengths, "window": window}
 
     def settled(self, inputs: Mapping[str, npt.NDArray[Any]]) -> AttentionProblem:
         """Return the problem with every choice that its definition makes by these inputs written down.

@@ -71,6 +71,14 @@ class Shape:
     arguments: Mapping[str, Any]
     is_step: bool = False
 
+    def arguments_of(self, spec: Algorithm) -> dict[str, Any]:
+        """Return the arguments of an algorithm's problem of this shape, with the usual ones of its own."""
+        given = dict(self.arguments)
+        length, window = given.get("kv_len", given["q_len"]), given.get("window")
+        usual = spec.problem_class.usual_arguments("decode" if self.is_step else "forward", length, window)
+        # The keys of a step may be fewer than there are tokens.
+        return {**given, **usual} if self.is_step else {**usual, **given}
+
     def programs(self, spec: Algorithm) -> Iterator[tuple[Direction, Direction]]:
         """Yield what is counted of an algorithm: the direction, and the direction of the program that is run for it.
 
@@ -192,7 +200,7 @@ def _count_row(shape: Shape, algorithm: str, direction: Direction, program: Dire
         "program": program,
         "error": None,
     }
-    arguments = {**shape.arguments, "direction": program, "hardware": hardware}
+    arguments = {**shape.arguments_of(ALGORITHMS[algorithm]), "direction": program, "hardware": hardware}
     try:
         run = profile(algorithm, **arguments)
     except ValueError as error:
@@ -240,7 +248,8 @@ def _time_row(counted: Row, gpu: Hardware) -> Row:
     row = {name: counted[name] for name in ("shape", "algorithm", "direction", "program")}
     row |= {"hardware": gpu.name, "error": None}
     try:
-        run = profile(row["algorithm"], **SHAPES[row["shape"]].arguments, direction=row["program"], hardware=gpu)
+        arguments = SHAPES[row["shape"]].arguments_of(ALGORITHMS[row["algorithm"]])
+        run = profile(row["algorithm"], **arguments, direction=row["program"], hardware=gpu)
         bounds = time_bounds(work_of(run), gpu)
     except ValueError as error:
         return {**row, "error": str(error)}
@@ -471,11 +480,10 @@ def pictures(hardware: Hardware) -> list[Picture]:
 
 
 def _runs(shape: str, hardware: Hardware, direction: Direction) -> list[Run]:
-    """Return the counts of every algorithm that needs no arguments of its own."""
     return [
-        profile(name, **SHAPES[shape].arguments, direction=direction, hardware=hardware)
+        profile(name, **SHAPES[shape].arguments_of(spec), direction=direction, hardware=hardware)
         for name, spec in ALGORITHMS.items()
-        if direction in spec.directions and not spec.problem_class.needed_arguments(direction)
+        if direction in spec.directions
     ]
 
 

@@ -21,8 +21,8 @@ every_masked_program = pytest.mark.parametrize(
 )
 
 
-def needed(name, direction):
-    return {"direction": direction, **ALGORITHMS[name].problem_class.needed_arguments(direction)}
+def usual(name, direction, length):
+    return {"direction": direction, **ALGORITHMS[name].problem_class.usual_arguments(direction, length)}
 
 
 CALLS = {"forward": simattn.run, "backward": simattn.run_backward, "decode": simattn.run_decode}
@@ -255,8 +255,7 @@ def test_strided_inputs_are_read_as_they_are():
 
 @every_program
 def test_the_repr_of_a_run_is_its_report(name, direction):
-    lengths = {"q_len": 1, "kv_len": 1 << 20} if direction == "decode" else {"q_len": 1 << 20}
-    run = simattn.profile(name, **{**lengths, "head_dim": 64, **needed(name, direction)})
+    run = simattn.profile(name, head_dim=64, **usual(name, direction, 1 << 20))
     text = repr(run)
     assert text.startswith(f"{name} {direction}: tiles of {run.plan.tiles.q} query")
     assert f"{run.operations.matmul_flops:,}" in text
@@ -266,7 +265,7 @@ def test_the_repr_of_a_run_is_its_report(name, direction):
 
 @every_program
 def test_a_profile_has_no_numbers(name, direction):
-    run = simattn.profile(name, **{"q_len": 16, **needed(name, direction)})
+    run = simattn.profile(name, **usual(name, direction, 16))
     assert run.out is run.lse is run.dq is run.dk is run.dv is None
     assert run.direction == direction
     assert run.algorithm == name
@@ -274,7 +273,7 @@ def test_a_profile_has_no_numbers(name, direction):
 
 @every_program
 def test_the_default_plan_is_the_plan_used(name, direction):
-    shape = {"q_len": 300, "head_dim": 64, "causal": True, **needed(name, direction)}
+    shape = {"head_dim": 64, "causal": True, **usual(name, direction, 300)}
     plan = simattn.default_plan(name, **shape)
     assert simattn.profile(name, **shape).plan == plan
     assert simattn.count(name, **shape, plan=plan) == simattn.count(name, **shape)

@@ -20,21 +20,23 @@ NUMBERS = ("hbm_bytes", "times_compulsory", "matmul_flops", "exponentials", "sec
 
 
 def has_program(algorithm, phase):
-    programs = ALGORITHMS[algorithm].programs
-    return "forward" in programs or (phase == "decode" and "decode" in programs)
+    spec = ALGORITHMS[algorithm]
+    return "forward" in spec.programs if phase == "prefill" else spec.step_direction is not None
 
 
 def arguments_of(row, shape, length, batch):
-    lengths = {"q_len": length, "causal": True} if row.phase == "prefill" else {"q_len": 1, "kv_len": length}
-    if row.phase == "decode" and "decode" in ALGORITHMS[row.algorithm].programs:
-        lengths["direction"] = "decode"
+    spec, direction = ALGORITHMS[row.algorithm], "forward" if row.phase == "prefill" else "decode"
+    usual = spec.problem_class.usual_arguments(direction, length, shape.window)
+    usual |= {"causal": True} if row.phase == "prefill" else {"direction": spec.step_direction}
     variants = {
         "": {},
         "heads packed": {"packed_heads": shape.heads // shape.kv_heads},
-        "one head per block": {"query_heads": "one_per_block"},
+        "one head per block": (
+            {"packed_heads": 1} if row.algorithm.endswith("_window") else {"query_heads": "one_per_block"}
+        ),
     }
-    sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "dtype", "window")}
-    return {**sizes, "batch": batch, **lengths, **variants[row.variant]}
+    sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "dtype")}
+    return {**sizes, "batch": batch, **usual, **variants[row.variant]}
 
 
 @settings(max_examples=25)

@@ -168,7 +168,7 @@ def symbols_of(problem, plan):
         "s_o": 2 if problem.is_float8 else problem.item_bytes,
         "N_q": problem.q_len,
         "N_k": problem.kv_len,
-        "N": problem.q_len,
+        "N": max(problem.q_len, problem.kv_len),
         "d": problem.head_dim,
         "d_v": problem.value_dim,
         "T_r": len(q_tiles),
@@ -414,8 +414,7 @@ def test_elements_are_the_closed_forms(name, length, head_dim, tiles):
     algorithm, direction, *settings = name.split()
     options = {key: int(value) if value.isdigit() else value for key, value in (item.split("=") for item in settings)}
     spec = simattn.ALGORITHMS[algorithm]
-    sizes = {"q_len": length, "head_dim": head_dim, "dtype": "float32"}
-    sizes |= spec.problem_class.needed_arguments(direction)
+    sizes = {"head_dim": head_dim, "dtype": "float32", **spec.problem_class.usual_arguments(direction, length)}
     problem = spec.problem_class(**sizes)
     tiles = (tiles[0], problem.key_tile(tiles[1]), *(tiles[2:] if spec.chunks_columns else ()))
     shape = {**sizes, "tiles": tiles, "direction": direction}

@@ -28,8 +28,8 @@ every_masked = pytest.mark.parametrize(
 )
 
 
-def needed(name, direction):
-    return {"direction": direction, **ALGORITHMS[name].problem_class.needed_arguments(direction)}
+def usual(name, direction, length):
+    return {"direction": direction, **ALGORITHMS[name].problem_class.usual_arguments(direction, length)}
 
 
 def arguments_of(problem):
@@ -85,20 +85,20 @@ def test_tiles_refused(tiles, error, words):
 @every_algorithm
 def test_common_options_refused(name, direction, options, error, words):
     with pytest.raises(error, match=words):
-        simattn.count(name, **{"q_len": 8, **needed(name, direction), **options})
+        simattn.count(name, **{**usual(name, direction, 8), **options})
 
 
 @every_algorithm
 def test_every_option_refuses_nonsense(name, direction):
     for item in fields(ALGORITHMS[name].plan_class):
         with pytest.raises((ValueError, TypeError), match=item.name):
-            simattn.count(name, **{"q_len": 8, **needed(name, direction), item.name: "nonsense"})
+            simattn.count(name, **{**usual(name, direction, 8), item.name: "nonsense"})
 
 
 @every_algorithm
 def test_unknown_options_are_named(name, direction):
     with pytest.raises(TypeError, match=f"'tile_size' is no argument and no plan option of {name}; options: .*'tiles'"):
-        simattn.count(name, **{"q_len": 8, **needed(name, direction), "tile_size": 3})
+        simattn.count(name, **{**usual(name, direction, 8), "tile_size": 3})
 
 
 def test_another_algorithms_plan_is_refused():
@@ -114,7 +114,7 @@ def test_unknown_plans_are_refused(plan):
 
 @every_program
 def test_a_plan_serves_in_place_of_its_arguments(name, direction):
-    shape = {"q_len": 100, "head_dim": 16, **needed(name, direction)}
+    shape = {"head_dim": 16, **usual(name, direction, 100)}
     plan = simattn.default_plan(name, **shape, sram_bytes=20_000, accumulators="registers")
     given = simattn.profile(name, **shape, plan=plan, sram_bytes=20_000)
     assert given.plan == plan
@@ -177,12 +177,12 @@ def test_whole_score_rows_count_the_statistics_beside_them():
 @every_program
 def test_too_little_sram_is_refused(name, direction):
     with pytest.raises(CapacityError, match=rf"sram_bytes=3 \(3 B\) holds no tile of {name} {direction}.*head_dim=64"):
-        simattn.count(name, **{"q_len": 8, **needed(name, direction)}, sram_bytes=3)
+        simattn.count(name, **usual(name, direction, 8), sram_bytes=3)
 
 
 @every_program
 def test_tiles_that_exceed_the_sram_are_named(name, direction):
-    arguments = {"q_len": 4096, "head_dim": 64, "tiles": (4096, 4096), **needed(name, direction)}
+    arguments = {"head_dim": 64, "tiles": (4096, 4096), **usual(name, direction, 4096)}
     with pytest.raises(CapacityError, match=r"tiles in sram take [\d,]+ bytes \(\w+ [\d.]+ .?B.*at most 20,000"):
         simattn.count(name, **arguments, sram_bytes=20_000)
     assert simattn.profile(name, **arguments, sram_bytes=20_000, enforce_capacity=False).peak_sram_bytes > 20_000
@@ -190,7 +190,7 @@ def test_tiles_that_exceed_the_sram_are_named(name, direction):
 
 @every_program
 def test_paper_plans_report_their_excess(name, direction):
-    shape = {"q_len": 1024, "head_dim": 64, **needed(name, direction)}
+    shape = {"head_dim": 64, **usual(name, direction, 1024)}
     run = simattn.profile(name, **shape, plan="paper", sram_bytes=50_000)
     assert not run.plan.enforce_capacity
     assert run.peak_sram_bytes > 0
@@ -216,4 +216,4 @@ def test_machine_arguments_refused(arguments, error, words):
 def test_refuses_chunks_of_columns_that_the_algorithm_does_not_take(name, direction):
     if not ALGORITHMS[name].chunks_columns:
         with pytest.raises(ValueError, match=f"tiles.depth=8: {name} takes all columns"):
-            simattn.count(name, **{"q_len": 16, **needed(name, direction)}, tiles=(16, 16, 8))
+            simattn.count(name, **usual(name, direction, 16), tiles=(16, 16, 8))

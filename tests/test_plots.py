@@ -30,11 +30,11 @@ def line(axes, label):
 
 
 def algorithms_with(direction):
-    return [
-        name
-        for name, spec in simattn.ALGORITHMS.items()
-        if direction in spec.directions and not spec.problem_class.needed_arguments(direction)
-    ]
+    return [name for name, spec in simattn.ALGORITHMS.items() if direction in spec.directions]
+
+
+def usual(name, direction, length, window=None):
+    return simattn.ALGORITHMS[name].problem_class.usual_arguments(direction, length, window)
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def test_length_draws_every_algorithm_and_the_compulsory_bytes(axes, direction):
         drawn = line(axes, name)
         assert list(drawn.get_xdata()) == lengths
         assert list(drawn.get_ydata()) == [
-            simattn.count(name, q_len=length, direction=direction, **GROUPED).hbm_bytes for length in lengths
+            simattn.count(name, **usual(name, direction, length), direction=direction, **GROUPED).hbm_bytes
+            for length in lengths
         ]
     least = [
         compulsory_traffic(simattn.AttentionProblem(q_len=length, **GROUPED), direction).hbm_bytes for length in lengths
@@ -84,13 +85,13 @@ def test_sram_draws_counts_of_the_fit_plan_where_tiles_fit(axes):
     head_dim, q_len = 64, 1 << 12
     elements = [head_dim, head_dim**2, 16 * head_dim**2]
     sizes = [FLOAT32_BYTES * count for count in elements]
-    shape = {"q_len": q_len, "head_dim": head_dim}
-    assert plots.traffic_against_sram(sram_bytes=sizes, ax=axes, **shape) is axes
+    assert plots.traffic_against_sram(sram_bytes=sizes, ax=axes, q_len=q_len, head_dim=head_dim) is axes
     for name in algorithms_with("forward"):
         expected = {}
         for size, count in zip(sizes, elements, strict=True):
             try:
-                traffic = simattn.count(name, dtype="float32", plan="fit", sram_bytes=size, **shape)
+                arguments = {**usual(name, "forward", q_len), "head_dim": head_dim, "dtype": "float32"}
+                traffic = simattn.count(name, plan="fit", sram_bytes=size, **arguments)
             except simattn.CapacityError:
                 continue
             expected[count] = traffic.hbm_bytes
@@ -152,7 +153,8 @@ def test_roofline_leaves_out_an_unpublished_l2_and_takes_no_points(axes):
 
 def test_bars_stack_to_the_traffic_of_each_run(axes):
     runs = {
-        name: simattn.profile(name, q_len=4096, direction="backward", **GROUPED) for name in algorithms_with("backward")
+        name: simattn.profile(name, **usual(name, "backward", 4096), direction="backward", **GROUPED)
+        for name in algorithms_with("backward")
     }
     assert plots.traffic_by_array(runs, ax=axes) is axes
     ends = [0.0] * len(runs)

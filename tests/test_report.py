@@ -121,7 +121,8 @@ def test_counts_are_those_of_the_calls(written):
     assert {(row["shape"], row["algorithm"], row["direction"]) for row in rows} == expected
     assert len(rows) == len(expected)
     for row in rows:
-        arguments = {**report.SHAPES[row["shape"]].arguments, "direction": row["program"]}
+        spec = simattn.ALGORITHMS[row["algorithm"]]
+        arguments = {**report.SHAPES[row["shape"]].arguments_of(spec), "direction": row["program"]}
         if row["error"] is not None:
             assert not simattn.ALGORITHMS[row["algorithm"]].takes_any_mask
             with pytest.raises(ValueError, match=re.escape(row["error"])):

@@ -32,11 +32,11 @@ from simattn.bounds import fit_exponents
 for name, algorithm in simattn.ALGORITHMS.items():
     for direction in ("forward", "backward"):
         if direction in algorithm.directions:
-            arguments = {**shape, **algorithm.problem_class.needed_arguments(direction), "direction": direction}
-            rows = [
-                {"N": length, "bytes": simattn.count(name, q_len=length, **arguments).hbm_bytes}
-                for length in (1 << exponent for exponent in range(17, 23))
-            ]
+            rows = []
+            for length in (1 << exponent for exponent in range(17, 23)):
+                usual = algorithm.problem_class.usual_arguments(direction, length)
+                traffic = simattn.count(name, **shape, **usual, direction=direction)
+                rows.append({"N": length, "bytes": traffic.hbm_bytes})
             print(f"{name:17} {direction:9} {fit_exponents(rows, ['N'], value='bytes')}")
 
 # %%

@@ -46,7 +46,7 @@ from simattn.algorithms.windows import (
 from simattn.machine import Array, Machine
 from simattn.masks import Rows, Visibility, is_integer
 from simattn.plan import check_choice
-from simattn.problem import AttentionProblem, Direction, InputShape, checked_integer
+from simattn.problem import AttentionProblem, Direction, InputShape, Window, checked_integer
 from simattn.sums import ceil_div
 from simattn.traffic import ArrayTraffic, Traffic
 
@@ -162,10 +162,9 @@ class DilatedWindowProblem(WindowProblem):
         ]
 
     @classmethod
-    def needed_arguments(cls, direction: Direction) -> dict[str, Any]:
-        """Return Longformer's window of 512 keys beside the own one."""
-        window = {"window": (256, 256)}
-        return {**window, "q_len": 1} if direction == "decode" else window
+    def usual_arguments(cls, direction: Direction, length: int, window: Window | None = None) -> dict[str, Any]:
+        """Return those of any problem with a window, by default Longformer's: 512 keys beside the own one."""
+        return super().usual_arguments(direction, length, window or (256, 256))
 
     def of_one_row(self) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip."""

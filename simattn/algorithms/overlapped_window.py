@@ -35,7 +35,7 @@ from simattn.algorithms.windows import (
 from simattn.machine import Array, Machine
 from simattn.masks import Rows, Visibility, VisibleRows
 from simattn.plan import check_choice
-from simattn.problem import AttentionProblem, Direction, checked_integer
+from simattn.problem import AttentionProblem, Direction, Window, checked_integer
 from simattn.sums import ceil_div, floor_sum
 from simattn.traffic import ArrayTraffic, Traffic
 
@@ -96,9 +96,9 @@ class OverlappedWindowProblem(WindowProblem):
         ]
 
     @classmethod
-    def needed_arguments(cls, direction: Direction) -> dict[str, Any]:
-        """Return windows that share half of their tokens with each neighbour."""
-        return {"window_len": 512, "overlap": 256}
+    def usual_arguments(cls, direction: Direction, length: int, window: Window | None = None) -> dict[str, Any]:
+        """Return those of any problem, and windows that share half of their tokens with each neighbour."""
+        return {**super().usual_arguments(direction, length, window), "window_len": 512, "overlap": 256}
 
     def of_one_row(self) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip, or of few if there is a merge."""

@@ -29,7 +29,7 @@ from simattn.hardware import Hardware
 from simattn.machine import Machine
 from simattn.masks import Visibility
 from simattn.plan import PlanKind, Tiles, candidates, check_choice
-from simattn.problem import AttentionProblem, Direction, checked_integer
+from simattn.problem import AttentionProblem, Direction, Window, checked_integer
 from simattn.sums import ceil_div
 from simattn.traffic import Traffic
 
@@ -93,10 +93,13 @@ class SlidingWindowProblem(WindowProblem):
         return [{"total_tokens": tokens} for tokens in (1, max(1, slots - 1), slots, slots + 2, 1 << 60)]
 
     @classmethod
-    def needed_arguments(cls, direction: Direction) -> dict[str, Any]:
-        """Return a window, and of a decoding step how many tokens there are, so many that the cache is full."""
-        window = {"window": (4095, 0)}
-        return {**window, "q_len": 1, "kv_len": 4096, "total_tokens": 1 << 20} if direction == "decode" else window
+    def usual_arguments(cls, direction: Direction, length: int, window: Window | None = None) -> dict[str, Any]:
+        """Return those of any problem with a window, by default Mistral's; a decoding step has its slots as keys."""
+        window = window or (4095, 0)
+        usual = super().usual_arguments(direction, length, window)
+        if direction == "decode" and window[0] is not None:
+            usual |= {"kv_len": window[0] + 1, "total_tokens": length}
+        return usual
 
     @property
     def filled_slots(self) -> int:

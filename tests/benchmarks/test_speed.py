@@ -75,8 +75,8 @@ def test_count(benchmark: Any, algorithm: str, direction: str, mask: str, length
 @pytest.mark.parametrize("length", OWN_LENGTHS)
 @pytest.mark.parametrize(("algorithm", "direction"), OWN_PROGRAMS)
 def test_count_of_own_problems(benchmark: Any, algorithm: str, direction: str, length: int) -> None:
-    needed = simattn.ALGORITHMS[algorithm].problem_class.needed_arguments(direction)
-    arguments = {**SHAPE, **_lengths(direction, length), "direction": direction, "causal": True, **needed}
+    usual = simattn.ALGORITHMS[algorithm].problem_class.usual_arguments(direction, length)
+    arguments = {**SHAPE, "direction": direction, "causal": True, **usual}
     simattn.count(algorithm, **arguments)
     benchmark.pedantic(simattn.count, args=(algorithm,), kwargs=arguments, rounds=7)
     assert benchmark.stats.stats.median <= OWN_COUNT_BAR_SECONDS
@@ -171,8 +171,8 @@ def test_simulates_nearly_as_fast_as_its_definition(benchmark: Any, algorithm: s
     sizes = {"batch": 16, **SHAPE} if direction == "decode" else {"heads": 2, "kv_heads": 1, "head_dim": 64}
     shape = AttentionProblem(dtype="float32", causal=True, **sizes, **lengths)
     given = {item.name: getattr(shape, item.name) for item in dataclasses.fields(AttentionProblem)}
-    needed = spec.problem_class.needed_arguments(direction)
-    problem = spec.problem_class(**{**spec.problem_class.adapted(given, direction), **needed})
+    usual = spec.problem_class.usual_arguments(direction, 2048)
+    problem = spec.problem_class(**{**spec.problem_class.adapted(given, direction), **usual})
     random = np.random.default_rng(0)
     shapes = problem.inputs(direction)
     inputs = {
