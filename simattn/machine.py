@@ -1053,6 +1053,10 @@ class Machine:
             number = self._read(factor) if isinstance(factor, Tile) else self.arithmetic.dtype.type(factor)
             self._update(tile, lambda present: present * number)
 
+    def tally(self, counters: Tile, indices: Tile) -> None:
+        """Add 1 to the counter that each index names, which the program's own values follow from."""
+        self._operate(reads=(counters, indices), writes=(counters,), vector_flops=indices.rows * indices.columns)
+
     def keep_best(
         self, best: Tile, blocks: Tile, scores: Tile, columns: Rows, hidden: HiddenElements | None = None
     ) -> None:

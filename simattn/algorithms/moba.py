@@ -124,7 +124,7 @@ class BlockHistogram:
         generator = np.random.default_rng(seed)
         drawn = generator.normal(mean, np.sqrt(variance), (batch, heads, len(sizes)))
         counts = np.clip(np.rint(drawn).astype(np.int64), least, most)
-        for row in counts.reshape(-1, len(sizes)):
+        for row in counts.reshape(batch * heads, len(sizes)):
             _spread(row, int((sizes * chosen).sum() - row.sum()), least, most)
         return cls(counts, block)
 
@@ -298,9 +298,8 @@ class MobaProblem(AttentionProblem):
     def inputs(self, direction: Direction) -> dict[str, InputShape]:
         """Return the arrays that a program is given: in a decoding step with the means of the earlier blocks."""
         arrays = super().inputs(direction)
-        if direction == "decode" and not self.full_attention:
-            rows = max(0, self.blocks - 1)
-            arrays["block_means"] = InputShape(rows, self.head_dim, "kv", dtype="float32", gradient=False)
+        if direction == "decode" and self.history and not self.full_attention:
+            arrays["block_means"] = InputShape(self.blocks - 1, self.head_dim, "kv", dtype="float32", gradient=False)
         return arrays
 
     def check_direction(self, direction: Direction) -> None:
@@ -600,14 +599,17 @@ def choose(machine: Machine, problem: MobaProblem, plan: MobaPlan, means: Array)
         # finish
         inner.store(blocks, indices, query_rows)
     machine.take_over(inner)
-    if indices.values is not None:
-        if isinstance(problem.selection, BlockHistogram):
-            raise ValueError(
-                "selection is a BlockHistogram, which suffices to count: expected None or a BlockSelection"
-            )
-        if problem.selection is not None:
-            indices.values[...] = problem.selection.indices.reshape(indices.values.shape)
+    take_given(indices, problem, slice(None))
     return indices
+
+
+def take_given(indices: Array, problem: MobaProblem, rows: slice | int) -> None:
+    """Write the problem's selection in place of what some queries chose, if there is one, when simulating."""
+    if indices.values is None or problem.selection is None:
+        return
+    if isinstance(problem.selection, BlockHistogram):
+        raise ValueError("selection is a BlockHistogram, which suffices to count: expected None or a BlockSelection")
+    indices.values[...] = problem.selection.indices[:, :, rows].reshape(indices.values.shape)
 
 
 def list_queries(machine: Machine, problem: MobaProblem, plan: MobaPlan, indices: Array) -> Lists:
@@ -615,15 +617,19 @@ def list_queries(machine: Machine, problem: MobaProblem, plan: MobaPlan, indices
     Lists.declare(machine, problem)
     lists, offsets = machine.arrays["query_lists"], machine.arrays["list_offsets"]
     for _ in machine.thread_blocks(width=plan.tiles.q * problem.history):
-        machine.full("list_lengths", 1, offsets.rows, 0.0, place="sram")
+        counters = machine.full("list_lengths", 1, offsets.rows, 0.0, place="sram")
         for rows in machine.tiles(problem.q_len, plan.tiles.q):
             # load
-            machine.load(indices, rows)
+            blocks = machine.load(indices, rows)
+            # compute
+            machine.tally(counters, blocks)
         # finish
         machine.store_indices(offsets, offsets.rows)
         for rows in machine.tiles(problem.q_len, plan.tiles.q):
             # load
-            machine.load(indices, rows)
+            blocks = machine.load(indices, rows)
+            # compute
+            machine.tally(counters, blocks)
         # finish
         machine.store_indices(lists, lists.rows)
     Lists.write(machine, indices)
@@ -867,8 +873,7 @@ def decode(machine: Machine, problem: MobaProblem, plan: MobaPlan) -> None:
         chosen = one.take(indices)
         own = int(problem.positions[row]) // problem.block_size
         choose_once(machine, problem, plan, taken.q, chosen, own)
-        if problem.selection is not None and chosen.values is not None:
-            chosen.values[...] = problem.selection.indices[:, :, row].reshape(chosen.values.shape)
+        take_given(chosen, problem, row)
         attend_once(machine, problem, plan, taken, chosen, int(problem.positions[row]))
         for name in ("out", "lse"):
             one.put(getattr(taken, name), getattr(arrays, name))
