@@ -153,7 +153,7 @@ class RowLists:
         fewer, each of which then serves several streams that follow one another. So may the arrays be from which rows
         are taken.
     counts
-        Length of each list, shape (streams, group).
+        Length of each list, shape (streams, group); when counting, those of a part to which all others are equal will do.
     starts
         Row of the array at which each list starts, shaped alike, when simulating.
     numbers
@@ -771,7 +771,8 @@ class Machine:
         assert rows.listed is not None
         shared = self._streams_of(array.heads) // len(array.values)
         listed = rows.listed[rows.start : rows.stop] // (rows.numbers // array.rows)
-        return self._state.streams[0] // shared, self._state.group or 0, listed
+        head = 0 if array.heads == "kv" else self._state.group or 0
+        return self._state.streams[0] // shared, head, listed
 
     def _listed_view(self, array: Array, rows: ListedRows) -> Values:
         assert array.values is not None

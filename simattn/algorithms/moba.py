@@ -420,7 +420,9 @@ class Part:
             causal=causal,
         )
 
-    def _span(self, array: Array) -> slice:
+    @property
+    def span(self) -> slice:
+        """All rows."""
         return slice(self.first, self.first + self.count * self.rows)
 
     def take(self, array: Array) -> Array:
@@ -428,7 +430,7 @@ class Part:
         values = array.values
         if values is not None:
             streams, group, _, columns = values.shape
-            split = values[:, :, self._span(array)].reshape(streams, group, self.count, self.rows, columns)
+            split = values[:, :, self.span].reshape(streams, group, self.count, self.rows, columns)
             values = split.swapaxes(1, 2).reshape(streams * self.count, group, self.rows, columns)
         return replace(array, rows=self.rows, values=values)
 
@@ -440,9 +442,9 @@ class Part:
         split = taken.values.reshape(streams, self.count, group, self.rows, columns).swapaxes(1, 2)
         rows = split.reshape(streams, group, self.count * self.rows, columns)
         if added:
-            array.values[:, :, self._span(array)] += rows
+            array.values[:, :, self.span] += rows
         else:
-            array.values[:, :, self._span(array)] = rows
+            array.values[:, :, self.span] = rows
 
 
 def earlier_blocks(problem: MobaProblem) -> Part:
@@ -599,17 +601,17 @@ def choose(machine: Machine, problem: MobaProblem, plan: MobaPlan, means: Array)
         # finish
         inner.store(blocks, indices, query_rows)
     machine.take_over(inner)
-    take_given(indices, problem, slice(None))
+    take_given(indices, problem)
     return indices
 
 
-def take_given(indices: Array, problem: MobaProblem, rows: slice | int) -> None:
-    """Write the problem's selection in place of what some queries chose, if there is one, when simulating."""
+def take_given(indices: Array, problem: MobaProblem) -> None:
+    """Write the problem's selection in place of what the queries chose, if there is one, when simulating."""
     if indices.values is None or problem.selection is None:
         return
     if isinstance(problem.selection, BlockHistogram):
         raise ValueError("selection is a BlockHistogram, which suffices to count: expected None or a BlockSelection")
-    indices.values[...] = problem.selection.indices[:, :, rows].reshape(indices.values.shape)
+    indices.values[...] = problem.selection.indices.reshape(indices.values.shape)
 
 
 def list_queries(machine: Machine, problem: MobaProblem, plan: MobaPlan, indices: Array) -> Lists:
@@ -867,90 +869,105 @@ def decode(machine: Machine, problem: MobaProblem, plan: MobaPlan) -> None:
         lse=machine.array("lse", problem.q_len, 1, role="saved"),
     )
     indices = machine.array("chosen_blocks", problem.q_len, problem.history, dtype="int32")
-    for row in range(problem.q_len):
-        one = Part(row, 1, 1)
-        taken = ForwardArrays(**{name: one.take(getattr(arrays, name)) for name in ("q", "out", "lse")}, k=k, v=v)
-        chosen = one.take(indices)
-        own = int(problem.positions[row]) // problem.block_size
-        choose_once(machine, problem, plan, taken.q, chosen, own)
-        take_given(chosen, problem, row)
-        attend_once(machine, problem, plan, taken, chosen, int(problem.positions[row]))
-        for name in ("out", "lse"):
-            one.put(getattr(taken, name), getattr(arrays, name))
+    first = min(problem.q_len, int((problem.positions < problem.block_size).sum()))
+    early, late = Part(0, first, 1), Part(first, problem.q_len - first, 1)
+    if problem.history and late.count:
+        choose_one_by_one(machine, problem, plan, indices, late)
+    for part in (early, late):
+        if part.count:
+            attend_one_by_one(machine, problem, plan, arrays, indices, part, reads_choice=part is late)
 
 
-def _of_one_query(problem: MobaProblem, keys: int, *, scale: float | None = None) -> AttentionProblem:
-    """Return attention of one query of every head to so many keys."""
-    return AttentionProblem(
-        batch=problem.batch,
-        heads=problem.heads,
-        kv_heads=problem.kv_heads,
-        q_len=1,
-        kv_len=keys,
-        head_dim=problem.head_dim,
-        value_dim=problem.value_dim,
-        dtype=problem.dtype,
-        scale=problem.scale if scale is None else scale,
-    )
-
-
-def choose_once(machine: Machine, problem: MobaProblem, plan: MobaPlan, q: Array, indices: Array, own: int) -> None:
-    """Write the blocks that a query chooses of those before its own."""
-    if min(problem.history, own) == 0:
-        return
-    place, means = plan.accumulators, machine.arrays["block_means"]
-    inner = machine.inside(_of_one_query(problem, own, scale=1.0), {})
-    for rows in inner.thread_blocks(1, 1, width=max(plan.tiles.kv, problem.head_dim, problem.history)):
+def choose_one_by_one(machine: Machine, problem: MobaProblem, plan: MobaPlan, indices: Array, part: Part) -> None:
+    """Write the blocks that each query of a part chooses of those before its own."""
+    place, history = plan.accumulators, problem.history
+    queries, chosen = part.take(machine.arrays["q"]), part.take(indices)
+    earlier = problem.positions[part.span] // problem.block_size
+    means = _lists(machine, problem, part, earlier, lambda row: np.arange(earlier[row]), problem.blocks - 1)
+    inner = machine.inside(replace(part.problem(problem, causal=False), scale=1.0), {})
+    for rows in inner.single_blocks(1, 1, per="query"):
         # load
-        query = inner.load(q, rows)
-        best = inner.full("best_scores", rows, problem.history, -math.inf, place=place)
-        blocks = inner.full("best_blocks", rows, problem.history, -1.0, place=place)
-        for block_rows in inner.tiles(own, plan.tiles.kv):
+        q = inner.load(queries, rows)
+        best = inner.full("best_scores", rows, history, -math.inf, place=place)
+        blocks = inner.full("best_blocks", rows, history, -1.0, place=place)
+        for block_rows in inner.list_tiles(means, plan.tiles.kv):
             # load
-            mean = inner.load(means, block_rows)
+            mean = inner.load(machine.arrays["block_means"], block_rows)
             # compute
-            inner.keep_best(best, blocks, inner.scores(query, mean, place=place), block_rows)
+            inner.keep_best(best, blocks, inner.scores(q, mean, place=place), block_rows)
         # finish
-        inner.store(blocks, indices, rows)
+        inner.store(blocks, chosen, rows)
     machine.take_over(inner)
+    part.put(chosen, indices)
+    take_given(indices, problem)
 
 
-def attend_once(
-    machine: Machine, problem: MobaProblem, plan: MobaPlan, arrays: ForwardArrays, indices: Array, position: int
+def attend_one_by_one(
+    machine: Machine,
+    problem: MobaProblem,
+    plan: MobaPlan,
+    arrays: ForwardArrays,
+    indices: Array,
+    part: Part,
+    *,
+    reads_choice: bool,
 ) -> None:
-    """Attend from one query of every head to the blocks it chose, one after another, and to its own up to itself."""
-    own, inside = divmod(position, problem.block_size)
-    chosen = min(problem.history, own)
-    keys = chosen * problem.block_size + inside + 1
-    one = _of_one_query(problem, keys)
-    inner = machine.inside(one, {})
-    for _ in inner.thread_blocks():
-        inner.load_indices(indices, chosen)
-    gathered = [_gathered(problem, array, indices, chosen, position) for array in (arrays.k, arrays.v)]
-    flash2.attend(
-        inner,
-        one,
-        replace(plan, tiles=replace(plan.tiles, q=1)),
-        replace(arrays, k=gathered[0], v=gathered[1]),
-    )
+    """Attend from each query of a part to the blocks it chose, one after another, and to its own up to itself."""
+    own, inside = np.divmod(problem.positions[part.span], problem.block_size)
+    lengths = np.minimum(own, problem.history) * problem.block_size + inside + 1
+
+    def keys_of(row: int) -> npt.NDArray[np.int64]:
+        assert indices.values is not None
+        chosen = indices.values[:, :, part.first + row, : min(own[row], problem.history), None].astype(np.int64)
+        listed = problem.block_size * chosen + np.arange(problem.block_size)
+        start = own[row] * problem.block_size
+        shape = listed.shape[:2]
+        last = np.broadcast_to(np.arange(start, start + inside[row] + 1), (*shape, inside[row] + 1))
+        return np.concatenate([listed.reshape(*shape, lengths[row] - inside[row] - 1), last], axis=-1)
+
+    keys = _lists(machine, problem, part, lengths, keys_of, problem.kv_len)
+    taken = replace(arrays, **{name: part.take(getattr(arrays, name)) for name in ("q", "out", "lse")})
+    staged_as = problem.dtype if plan.stage_probabilities else None
+    inner = machine.inside(part.problem(problem, causal=False), {})
+    for rows in inner.single_blocks(1, 1, per="query"):
+        # load
+        if reads_choice:
+            inner.load_indices(indices, problem.history)
+        q = inner.load(taken.q, rows)
+        state = SoftmaxState.empty(inner, rows, problem.value_dim, plan.accumulators)
+        for key_rows in inner.list_tiles(keys, plan.tiles.kv):
+            # load
+            k = inner.load(taken.k, key_rows, stages=plan.stages)
+            v = inner.load(taken.v, key_rows, stages=plan.stages)
+            # compute
+            scores = inner.scores(q, k, place=plan.accumulators)
+            update_softmax(inner, state, scores, v, {}, staged_as=staged_as)
+        # finish
+        finish_softmax(inner, state, taken, rows, staged=plan.stage_results)
     machine.take_over(inner)
+    for name in ("out", "lse"):
+        part.put(getattr(taken, name), getattr(arrays, name))
 
 
-def _gathered(problem: MobaProblem, array: Array, indices: Array, chosen: int, position: int) -> Array:
-    """Return the rows that each query head reads of an array."""
-    block_size = problem.block_size
-    first = position // block_size * block_size
-    rows = chosen * block_size + position - first + 1
-    if array.values is None or indices.values is None:
-        return replace(array, heads="query", rows=rows)
-    blocks = indices.values[:, :, 0, :chosen, None]
-    listed = (block_size * blocks + np.arange(block_size)).reshape(*blocks.shape[:2], chosen * block_size)
-    inside = np.broadcast_to(np.arange(first, position + 1), (*blocks.shape[:2], position + 1 - first))
-    listed = np.concatenate([listed, inside], axis=-1)
-    values = np.broadcast_to(array.values, (*blocks.shape[:2], *array.values.shape[2:]))
-    return replace(
-        array, heads="query", rows=rows, values=np.take_along_axis(values, listed[..., None].astype(np.intp), axis=2)
-    )
+def _lists(
+    machine: Machine,
+    problem: MobaProblem,
+    part: Part,
+    lengths: npt.NDArray[np.int64],
+    rows_of: Callable[[int], npt.NDArray[np.int64]],
+    numbers: int,
+) -> RowLists:
+    """Return a list of rows for every query of a part and every head, which follows from indices and is not stored."""
+    array = Array("listed_rows", "query", int(lengths.max(initial=0)), 1, "int32", "workspace")
+    if machine.arithmetic is None:
+        return RowLists(array, lengths[:, None], numbers)
+    streams, group = problem.batch * problem.kv_heads, problem.group_size
+    listed = np.zeros((streams, part.count, group, array.rows), dtype=np.int64)
+    for row, length in enumerate(lengths):
+        listed[:, row, :, :length] = rows_of(row)
+    counts = np.broadcast_to(np.tile(lengths, streams)[:, None], (streams * part.count, group))
+    array.values = listed.reshape(streams * part.count, group, array.rows, 1)
+    return RowLists(array, counts, numbers, np.zeros_like(counts))
 
 
 # Reference
@@ -1191,17 +1208,18 @@ def closed_form_decode(problem: MobaProblem, plan: MobaPlan) -> Traffic:
         return flash2.closed_form_forward(problem, plan)
     n, d, value_dim = problem.q_len, problem.head_dim, problem.value_dim
     own, inside = np.divmod(problem.positions, problem.block_size)
-    chosen = np.minimum(own, problem.history)
-    choosing = int((chosen > 0).sum())
-    keys = int((chosen * problem.block_size + inside + 1).sum())
+    keys = int((np.minimum(own, problem.history) * problem.block_size + inside + 1).sum())
+    choosing = int((own > 0).sum()) if problem.history else 0
+    choices = forms.statistic_bytes(problem, choosing * problem.history)
     k, v = forms.key_names(plan)
     return forms.total(
         [
             {
                 "q": forms.read(forms.matrix_bytes(problem, n + choosing, d)),
-                "block_means": forms.read(forms.matrix_bytes(problem, int(own[chosen > 0].sum()), d, dtype="float32")),
-                "chosen_blocks": forms.written(forms.statistic_bytes(problem, choosing * problem.history))
-                + forms.read(forms.statistic_bytes(problem, int(chosen.sum()))),
+                "block_means": forms.read(
+                    forms.matrix_bytes(problem, int(own.sum()) if choosing else 0, d, dtype="float32")
+                ),
+                "chosen_blocks": forms.written(choices) + forms.read(choices),
                 k: forms.read(forms.matrix_bytes(problem, keys, d)),
                 v: forms.read(forms.matrix_bytes(problem, keys, value_dim)),
                 "out": forms.written(forms.matrix_bytes(problem, n, value_dim)),
@@ -1216,13 +1234,15 @@ def closed_form_decode(problem: MobaProblem, plan: MobaPlan) -> Traffic:
 
 
 def fit_tiles(problem: AttentionProblem, size: int, direction: Direction) -> Tiles:
-    """Return FlashAttention-2's family; a decoding step is a forward pass of one query."""
-    return flash2.fit_tiles(problem, size, "backward" if direction == "backward" else "forward")
+    """Return FlashAttention-2's family, and in a decoding step, whose queries go one by one, longer key tiles."""
+    return Tiles(q=1, kv=size) if direction == "decode" else flash2.fit_tiles(problem, size, direction)
 
 
 def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:
-    """Return the tiles that FlashAttention-2's kernels use, then smaller ones."""
-    return flash2.gpu_tiles(problem, hardware, "backward" if direction == "backward" else "forward")
+    """Return the tiles that FlashAttention-2's kernels use, of one query in a decoding step, then smaller ones."""
+    if direction == "decode":
+        return [replace(tiles, q=1) for tiles in flash2.gpu_tiles(problem, hardware, "forward")]
+    return flash2.gpu_tiles(problem, hardware, direction)
 
 
 ALGORITHM = Algorithm(
