@@ -153,7 +153,7 @@ class RowLists:
         fewer, each of which then serves several streams that follow one another. So may the arrays be from which rows
         are taken.
     counts
-        Length of each list, shape (streams, group); when counting, those of a part to which all others are equal will do.
+        Length of each list, shape (streams, group); when counting, those of a part that stands for all will do.
     starts
         Row of the array at which each list starts, shaped alike, when simulating.
     numbers

@@ -521,7 +521,7 @@ def forward(machine: Machine, problem: MobaProblem, plan: MobaPlan) -> None:
     if problem.history == 0:
         attend_inside(machine, problem, plan, arrays)
         return
-    means = average_blocks(machine, problem, plan)
+    means = average_blocks(machine, problem, plan, k)
     indices = choose(machine, problem, plan, means)
     lists = list_queries(machine, problem, plan, indices)
     inside = replace(
@@ -549,25 +549,25 @@ def _partial(machine: Machine, problem: MobaProblem, name: str, columns: int) ->
     return machine.array(name, rows, columns, values=values)
 
 
-def average_blocks(machine: Machine, problem: MobaProblem, plan: MobaPlan) -> Array:
-    """Write the mean of the keys of every block but the last, for each KV head."""
+def average_blocks(machine: Machine, problem: MobaProblem, plan: MobaPlan, k: Array) -> Array:
+    """Write the mean of the keys of every block but the last, for every head that there are keys of."""
     part = earlier_blocks(problem)
-    means = machine.array("block_means", part.count, problem.head_dim, heads="kv")
-    keys, made = part.take(machine.arrays["k"]), replace(means, rows=1)
-    if means.values is not None:
-        made.values = means.values.reshape(-1, 1, 1, problem.head_dim)
+    means = machine.array("block_means", part.count, problem.head_dim, heads=k.heads)
+    of_blocks = Part(0, part.count, 1)
+    keys, made = part.take(k), of_blocks.take(means)
     inner = machine.inside(part.problem(problem), {})
-    for _ in inner.thread_blocks(per="kv", width=plan.tiles.kv * problem.head_dim):
+    for _ in inner.thread_blocks(per=k.heads, width=plan.tiles.kv * problem.head_dim):
         mean = inner.full("block_mean", 1, problem.head_dim, 0.0, place=plan.accumulators)
         for rows in inner.tiles(part.rows, plan.tiles.kv):
             # load
-            k = inner.load(keys, rows)
+            tile = inner.load(keys, rows)
             # compute
-            inner.add_column_sums(mean, k)
+            inner.add_column_sums(mean, tile)
         inner.scale(mean, 1 / part.rows)
         # finish
         inner.store(mean, made)
     machine.take_over(inner)
+    of_blocks.put(made, means)
     return means
 
 
@@ -1139,18 +1139,16 @@ def choice_traffic(problem: MobaProblem, plan: MobaPlan) -> list[Mapping[str, Ar
     A tile of means is loaded by all query tiles from the one with the first query after its first block on.
     """
     n, d, earlier = problem.q_len, problem.head_dim, problem.blocks - 1
+    heads, (k, _) = problem.heads if plan.repeat_kv else problem.kv_heads, forms.key_names(plan)
     starts = np.arange(0, earlier, plan.tiles.kv, dtype=np.int64)
     seeing = ceil_div(n, plan.tiles.q) - (starts + 1) * problem.block_size // plan.tiles.q
-    means = int((np.minimum(plan.tiles.kv, earlier - starts) * seeing).sum())
+    loaded = int((np.minimum(plan.tiles.kv, earlier - starts) * seeing).sum())
+    means = forms.written(forms.matrix_bytes(problem, earlier, d, heads=heads, dtype="float32"))
     indices = forms.statistic_bytes(problem, n * problem.history)
-    averaged = earlier * problem.block_size
     return [
         {
-            "k": forms.read(forms.matrix_bytes(problem, averaged, d, heads=problem.kv_heads)),
-            "block_means": forms.written(
-                forms.matrix_bytes(problem, earlier, d, heads=problem.kv_heads, dtype="float32")
-            )
-            + forms.read(forms.matrix_bytes(problem, means, d, dtype="float32")),
+            k: forms.read(forms.matrix_bytes(problem, earlier * problem.block_size, d, heads=heads)),
+            "block_means": means + forms.read(forms.matrix_bytes(problem, loaded, d, dtype="float32")),
             "q": forms.read(forms.matrix_bytes(problem, n, d)),
             "chosen_blocks": forms.written(indices) + forms.read(2 * indices),
             "query_lists": forms.written(forms.statistic_bytes(problem, problem.choices)),
