@@ -153,7 +153,7 @@ class RowLists:
         fewer, each of which then serves several streams that follow one another. So may the arrays be from which rows
         are taken.
     counts
-        Length of each list, shape (streams, group); when counting, those of a part that stands for all will do.
+        Length of each list, shape (streams, group).
     starts
         Row of the array at which each list starts, shaped alike, when simulating.
     numbers
@@ -167,10 +167,7 @@ class RowLists:
 
     def tiles(self, tile: int) -> list[tuple[ListedRows, int]]:
         """Return tiles of every size that occurs in the lists, and how many there are."""
-        sizes, times = np.unique(self.counts % tile, return_counts=True)
-        found = dict(zip(sizes.tolist(), times.tolist(), strict=True)) | {0: 0}
-        found[tile] = int((self.counts // tile).sum())
-        return [(ListedRows(size, tile, 0, 1, self.numbers), count) for size, count in found.items() if count]
+        return [(ListedRows(size, tile, 0, 1, self.numbers), times) for size, times in _tile_sizes(self.counts, tile)]
 
     def rows_of(self, stream: int, head: int, tile: int) -> Iterator[ListedRows]:
         """Yield the tiles of one list, those of full size together."""
@@ -470,6 +467,16 @@ class Machine:
                             selection=None,
                         ):
                             yield part
+
+    def ragged_tiles(self, lengths: npt.NDArray[np.int64], tile: int) -> Iterator[Rows]:
+        """Walk the tiles of an axis of several lengths, each of them in as many thread blocks; simulated one by one."""
+        if self.arithmetic is None:
+            for size, times in _tile_sizes(lengths, tile):
+                with self._loop(executions=self._state.executions // lengths.size * times):
+                    yield Rows(size, tile, 0, 1)
+        else:
+            (length,) = lengths.tolist()
+            yield from self.tiles(length, tile)
 
     def repeats(self, times: npt.NDArray[np.int64]) -> Iterator[int]:
         """Walk a loop of so many turns in each stream.
@@ -771,8 +778,7 @@ class Machine:
         assert rows.listed is not None
         shared = self._streams_of(array.heads) // len(array.values)
         listed = rows.listed[rows.start : rows.stop] // (rows.numbers // array.rows)
-        head = 0 if array.heads == "kv" else self._state.group or 0
-        return self._state.streams[0] // shared, head, listed
+        return self._state.streams[0] // shared, self._state.group or 0, listed
 
     def _listed_view(self, array: Array, rows: ListedRows) -> Values:
         assert array.values is not None
@@ -1190,6 +1196,14 @@ def _selection(blocks: npt.NDArray[np.intp], count: int) -> slice | npt.NDArray[
     if last - first + 1 != len(blocks):
         return blocks
     return None if len(blocks) == count else slice(first, last + 1)
+
+
+def _tile_sizes(lengths: npt.NDArray[np.int64], tile: int) -> list[tuple[int, int]]:
+    """Return the sizes of the tiles of axes of these lengths, and how often each occurs."""
+    sizes, times = np.unique(lengths % tile, return_counts=True)
+    found = dict(zip(sizes.tolist(), times.tolist(), strict=True)) | {0: 0}
+    found[tile] = int((lengths // tile).sum())
+    return [(size, count) for size, count in found.items() if count]
 
 
 def _parts(rows: RowsT, width: int) -> Iterator[RowsT]:

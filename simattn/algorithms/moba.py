@@ -605,13 +605,13 @@ def choose(machine: Machine, problem: MobaProblem, plan: MobaPlan, means: Array)
     return indices
 
 
-def take_given(indices: Array, problem: MobaProblem) -> None:
-    """Write the problem's selection in place of what the queries chose, if there is one, when simulating."""
+def take_given(indices: Array, problem: MobaProblem, rows: slice = slice(None)) -> None:
+    """Write the problem's selection in place of what some queries chose, if there is one, when simulating."""
     if indices.values is None or problem.selection is None:
         return
     if isinstance(problem.selection, BlockHistogram):
         raise ValueError("selection is a BlockHistogram, which suffices to count: expected None or a BlockSelection")
-    indices.values[...] = problem.selection.indices.reshape(indices.values.shape)
+    indices.values[...] = problem.selection.indices[:, :, rows].reshape(indices.values.shape)
 
 
 def list_queries(machine: Machine, problem: MobaProblem, plan: MobaPlan, indices: Array) -> Lists:
@@ -869,28 +869,33 @@ def decode(machine: Machine, problem: MobaProblem, plan: MobaPlan) -> None:
         lse=machine.array("lse", problem.q_len, 1, role="saved"),
     )
     indices = machine.array("chosen_blocks", problem.q_len, problem.history, dtype="int32")
-    first = min(problem.q_len, int((problem.positions < problem.block_size).sum()))
-    early, late = Part(0, first, 1), Part(first, problem.q_len - first, 1)
-    if problem.history and late.count:
-        choose_one_by_one(machine, problem, plan, indices, late)
-    for part in (early, late):
-        if part.count:
-            attend_one_by_one(machine, problem, plan, arrays, indices, part, reads_choice=part is late)
+    for part in new_queries(machine, problem):
+        chooses = problem.history > 0 and problem.positions[part.first] >= problem.block_size
+        if chooses:
+            choose_one_by_one(machine, problem, plan, indices, part)
+        attend_one_by_one(machine, problem, plan, arrays, indices, part, chooses=chooses)
+
+
+def new_queries(machine: Machine, problem: MobaProblem) -> list[Part]:
+    """Return the queries of the first block and the later ones, when simulating one by one."""
+    if machine.arithmetic is not None:
+        return [Part(row, 1, 1) for row in range(problem.q_len)]
+    first = int((problem.positions < problem.block_size).sum())
+    return [part for part in (Part(0, first, 1), Part(first, problem.q_len - first, 1)) if part.count]
 
 
 def choose_one_by_one(machine: Machine, problem: MobaProblem, plan: MobaPlan, indices: Array, part: Part) -> None:
     """Write the blocks that each query of a part chooses of those before its own."""
-    place, history = plan.accumulators, problem.history
+    tiles, place, history = plan.tiles, plan.accumulators, problem.history
     queries, chosen = part.take(machine.arrays["q"]), part.take(indices)
     earlier = problem.positions[part.span] // problem.block_size
-    means = _lists(machine, problem, part, earlier, lambda row: np.arange(earlier[row]), problem.blocks - 1)
     inner = machine.inside(replace(part.problem(problem, causal=False), scale=1.0), {})
-    for rows in inner.single_blocks(1, 1, per="query"):
+    for rows in inner.thread_blocks(1, 1, width=max(tiles.kv * problem.head_dim, history)):
         # load
         q = inner.load(queries, rows)
         best = inner.full("best_scores", rows, history, -math.inf, place=place)
         blocks = inner.full("best_blocks", rows, history, -1.0, place=place)
-        for block_rows in inner.list_tiles(means, plan.tiles.kv):
+        for block_rows in inner.ragged_tiles(earlier, tiles.kv):
             # load
             mean = inner.load(machine.arrays["block_means"], block_rows)
             # compute
@@ -898,8 +903,8 @@ def choose_one_by_one(machine: Machine, problem: MobaProblem, plan: MobaPlan, in
         # finish
         inner.store(blocks, chosen, rows)
     machine.take_over(inner)
+    take_given(chosen, problem, part.span)
     part.put(chosen, indices)
-    take_given(indices, problem)
 
 
 def attend_one_by_one(
@@ -910,37 +915,33 @@ def attend_one_by_one(
     indices: Array,
     part: Part,
     *,
-    reads_choice: bool,
+    chooses: bool,
 ) -> None:
     """Attend from each query of a part to the blocks it chose, one after another, and to its own up to itself."""
+    tiles, place, value_dim = plan.tiles, plan.accumulators, problem.value_dim
     own, inside = np.divmod(problem.positions[part.span], problem.block_size)
     lengths = np.minimum(own, problem.history) * problem.block_size + inside + 1
-
-    def keys_of(row: int) -> npt.NDArray[np.int64]:
-        assert indices.values is not None
-        chosen = indices.values[:, :, part.first + row, : min(own[row], problem.history), None].astype(np.int64)
-        listed = problem.block_size * chosen + np.arange(problem.block_size)
-        start = own[row] * problem.block_size
-        shape = listed.shape[:2]
-        last = np.broadcast_to(np.arange(start, start + inside[row] + 1), (*shape, inside[row] + 1))
-        return np.concatenate([listed.reshape(*shape, lengths[row] - inside[row] - 1), last], axis=-1)
-
-    keys = _lists(machine, problem, part, lengths, keys_of, problem.kv_len)
-    taken = replace(arrays, **{name: part.take(getattr(arrays, name)) for name in ("q", "out", "lse")})
+    taken = ForwardArrays(
+        q=part.take(arrays.q),
+        k=_gathered(problem, arrays.k, indices, part),
+        v=_gathered(problem, arrays.v, indices, part),
+        out=part.take(arrays.out),
+        lse=part.take(arrays.lse),
+    )
     staged_as = problem.dtype if plan.stage_probabilities else None
     inner = machine.inside(part.problem(problem, causal=False), {})
-    for rows in inner.single_blocks(1, 1, per="query"):
+    for rows in inner.thread_blocks(1, 1, width=tiles.kv * max(problem.head_dim, value_dim)):
         # load
-        if reads_choice:
+        if chooses:
             inner.load_indices(indices, problem.history)
         q = inner.load(taken.q, rows)
-        state = SoftmaxState.empty(inner, rows, problem.value_dim, plan.accumulators)
-        for key_rows in inner.list_tiles(keys, plan.tiles.kv):
+        state = SoftmaxState.empty(inner, rows, value_dim, place)
+        for key_rows in inner.ragged_tiles(lengths, tiles.kv):
             # load
             k = inner.load(taken.k, key_rows, stages=plan.stages)
             v = inner.load(taken.v, key_rows, stages=plan.stages)
             # compute
-            scores = inner.scores(q, k, place=plan.accumulators)
+            scores = inner.scores(q, k, place=place)
             update_softmax(inner, state, scores, v, {}, staged_as=staged_as)
         # finish
         finish_softmax(inner, state, taken, rows, staged=plan.stage_results)
@@ -949,25 +950,21 @@ def attend_one_by_one(
         part.put(getattr(taken, name), getattr(arrays, name))
 
 
-def _lists(
-    machine: Machine,
-    problem: MobaProblem,
-    part: Part,
-    lengths: npt.NDArray[np.int64],
-    rows_of: Callable[[int], npt.NDArray[np.int64]],
-    numbers: int,
-) -> RowLists:
-    """Return a list of rows for every query of a part and every head, which follows from indices and is not stored."""
-    array = Array("listed_rows", "query", int(lengths.max(initial=0)), 1, "int32", "workspace")
-    if machine.arithmetic is None:
-        return RowLists(array, lengths[:, None], numbers)
-    streams, group = problem.batch * problem.kv_heads, problem.group_size
-    listed = np.zeros((streams, part.count, group, array.rows), dtype=np.int64)
-    for row, length in enumerate(lengths):
-        listed[:, row, :, :length] = rows_of(row)
-    counts = np.broadcast_to(np.tile(lengths, streams)[:, None], (streams * part.count, group))
-    array.values = listed.reshape(streams * part.count, group, array.rows, 1)
-    return RowLists(array, counts, numbers, np.zeros_like(counts))
+def _gathered(problem: MobaProblem, array: Array, indices: Array, part: Part) -> Array:
+    """Return the rows that each query head of a single query reads, when simulating."""
+    if array.values is None or indices.values is None:
+        return replace(array, heads="query")
+    own, inside = divmod(int(problem.positions[part.first]), problem.block_size)
+    chosen = indices.values[:, :, part.first, : min(own, problem.history), None].astype(np.int64)
+    streams, group = chosen.shape[:2]
+    listed = (problem.block_size * chosen + np.arange(problem.block_size)).reshape(
+        streams, group, chosen.shape[2] * problem.block_size
+    )
+    last = own * problem.block_size + np.arange(inside + 1)
+    listed = np.concatenate([listed, np.broadcast_to(last, (streams, group, len(last)))], axis=-1)
+    heads = np.arange(group) if array.heads == "query" else np.zeros(group, dtype=np.int64)
+    values = array.values[np.arange(streams)[:, None, None], heads[:, None], listed]
+    return replace(array, heads="query", rows=listed.shape[-1], values=values)
 
 
 # Reference
@@ -1237,9 +1234,9 @@ def fit_tiles(problem: AttentionProblem, size: int, direction: Direction) -> Til
 
 
 def gpu_tiles(problem: AttentionProblem, hardware: Hardware, direction: Direction) -> list[Tiles]:
-    """Return the tiles that FlashAttention-2's kernels use, of one query in a decoding step, then smaller ones."""
+    """Return the tiles that FlashAttention-2's kernels use, in a decoding step longer ones, then smaller ones."""
     if direction == "decode":
-        return [replace(tiles, q=1) for tiles in flash2.gpu_tiles(problem, hardware, "forward")]
+        return [Tiles(q=1, kv=rows) for rows in (256, 128, 64, 32, 16, 8, 4, 2, 1)]
     return flash2.gpu_tiles(problem, hardware, direction)
 
 
