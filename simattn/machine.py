@@ -861,9 +861,10 @@ class Machine:
     def hidden_elements(self, query_rows: Rows, key_rows: Rows, visibility: Visibility | None = None) -> HiddenElements:
         """Return, for each block of the stack whose tile is partly masked, its hidden (query, key) elements.
 
-        ``visibility`` says which keys the queries see where these are not the problem's.
+        ``visibility`` says which keys the queries see where these are not the problem's. Listed rows see all keys of the
+        tiles that they meet.
         """
-        if self.arithmetic is None:
+        if self.arithmetic is None or isinstance(query_rows, ListedRows):
             return {}
         visibility, stack = visibility or self.problem.keys_of_queries, self._state.stack
         stacked = stack is query_rows or stack is key_rows

@@ -858,13 +858,12 @@ def decode(machine: Machine, problem: MobaProblem, plan: MobaPlan) -> None:
     The means are those of the complete blocks; that of a block which becomes complete is not made here.
     """
     if problem.full_attention:
-        flash2.forward(machine, problem, plan)
+        flash2.forward(machine, problem, replace(plan, repeat_kv=False))
         return
-    k, v = copied_out(machine, plan)
     arrays = ForwardArrays(
         q=machine.arrays["q"],
-        k=k,
-        v=v,
+        k=machine.arrays["k"],
+        v=machine.arrays["v"],
         out=machine.array("out", problem.q_len, problem.value_dim, dtype=problem.output_dtype, role="output"),
         lse=machine.array("lse", problem.q_len, 1, role="saved"),
     )
@@ -962,8 +961,7 @@ def _gathered(problem: MobaProblem, array: Array, indices: Array, part: Part) ->
     )
     last = own * problem.block_size + np.arange(inside + 1)
     listed = np.concatenate([listed, np.broadcast_to(last, (streams, group, len(last)))], axis=-1)
-    heads = np.arange(group) if array.heads == "query" else np.zeros(group, dtype=np.int64)
-    values = array.values[np.arange(streams)[:, None, None], heads[:, None], listed]
+    values = array.values[np.arange(streams)[:, None, None], 0, listed]
     return replace(array, heads="query", rows=listed.shape[-1], values=values)
 
 
@@ -1200,13 +1198,12 @@ def closed_form_backward(problem: MobaProblem, plan: MobaPlan) -> Traffic:
 def closed_form_decode(problem: MobaProblem, plan: MobaPlan) -> Traffic:
     """Of every new query and head: the means of the earlier blocks, the blocks it chooses, and its own up to itself."""
     if problem.full_attention:
-        return flash2.closed_form_forward(problem, plan)
+        return flash2.closed_form_forward(problem, replace(plan, repeat_kv=False))
     n, d, value_dim = problem.q_len, problem.head_dim, problem.value_dim
     own, inside = np.divmod(problem.positions, problem.block_size)
     keys = int((np.minimum(own, problem.history) * problem.block_size + inside + 1).sum())
     choosing = int((own > 0).sum()) if problem.history else 0
     choices = forms.statistic_bytes(problem, choosing * problem.history)
-    k, v = forms.key_names(plan)
     return forms.total(
         [
             {
@@ -1215,12 +1212,11 @@ def closed_form_decode(problem: MobaProblem, plan: MobaPlan) -> Traffic:
                     forms.matrix_bytes(problem, int(own.sum()) if choosing else 0, d, dtype="float32")
                 ),
                 "chosen_blocks": forms.written(choices) + forms.read(choices),
-                k: forms.read(forms.matrix_bytes(problem, keys, d)),
-                v: forms.read(forms.matrix_bytes(problem, keys, value_dim)),
+                "k": forms.read(forms.matrix_bytes(problem, keys, d)),
+                "v": forms.read(forms.matrix_bytes(problem, keys, value_dim)),
                 "out": forms.written(forms.matrix_bytes(problem, n, value_dim)),
                 "lse": forms.written(forms.statistic_bytes(problem, n)),
             },
-            *forms.repeat_traffic(problem, plan),
         ]
     )
 
