@@ -19,20 +19,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from simattn.arithmetic.floating import FloatArithmetic, HiddenElements, add_in_place
-from simattn.arithmetic.formats import STORED_BYTES, numpy_dtype
+from simattn.arithmetic.formats import INDEX_DTYPES, STORED_BYTES, numpy_dtype
 from simattn.masks import Rows, Visibility, VisibleRows, all_rows
 from simattn.problem import AttentionProblem, Heads
+from simattn.selection import top_blocks
 from simattn.tables import byte_text
 from simattn.traffic import COUNTERS, ArrayTraffic, Traffic
 
 Values = npt.NDArray[Any]
+RowsT = TypeVar("RowsT", bound=Rows)
 Place = Literal["sram", "registers"]
 Role = Literal["input", "output", "saved", "workspace"]
 
@@ -121,6 +123,61 @@ class Tile:
     def capacity_bytes(self) -> int:
         """Bytes it occupies: its unclipped buffers, one for each pipeline stage."""
         return self.capacity_rows * self.capacity_columns * self.item_bytes * self.stages
+
+
+@dataclass(frozen=True)
+class ListedRows(Rows):
+    """Tiles of a list of rows, in the places of rows that follow one another.
+
+    Attributes
+    ----------
+    numbers
+        What the listed numbers are below. An array of as many rows has a row for each of them; one of fewer rows has a
+        row for every ``numbers / rows`` of them.
+    listed
+        The whole list when simulating.
+    """
+
+    numbers: int = 1
+    listed: Values | None = field(default=None, compare=False)
+
+
+@dataclass(eq=False)
+class RowLists:
+    """Lists of rows, of any lengths: one for every stream and query head.
+
+    Attributes
+    ----------
+    array
+        Where they stand in memory: a matrix of one column for every query head, of as many streams as the problem or of
+        fewer, each of which then serves several streams that follow one another. So may the arrays be from which rows
+        are taken.
+    counts
+        Length of each list, shape (streams, group).
+    starts
+        Row of the array at which each list starts, shaped alike, when simulating.
+    numbers
+        As for :class:`ListedRows`.
+    """
+
+    array: Array
+    counts: npt.NDArray[np.int64]
+    numbers: int
+    starts: npt.NDArray[np.int64] | None = None
+
+    def tiles(self, tile: int) -> list[tuple[ListedRows, int]]:
+        """Return tiles of every size that occurs in the lists, and how many there are."""
+        return [(ListedRows(size, tile, 0, 1, self.numbers), times) for size, times in _tile_sizes(self.counts, tile)]
+
+    def rows_of(self, stream: int, head: int, tile: int) -> Iterator[ListedRows]:
+        """Yield the tiles of one list, those of full size together."""
+        assert self.array.values is not None
+        assert self.starts is not None
+        first, count = int(self.starts[stream, head]), int(self.counts[stream, head])
+        shared = len(self.counts) // len(self.array.values)
+        listed = self.array.values[stream // shared, head, first : first + count, 0]
+        for rows in all_rows(count, tile):
+            yield ListedRows(rows.length, rows.tile, rows.first, rows.count, self.numbers, listed)
 
 
 @dataclass(frozen=True)
@@ -244,11 +301,15 @@ class Machine:
         role: Role = "workspace",
         values: Values | None = None,
     ) -> Array:
-        """Declare an array in device memory; when simulating it starts as NaN unless ``values`` are given."""
+        """Declare an array in device memory.
+
+        When simulating it starts as NaN, or as −1 if it holds indices, unless ``values`` are given.
+        """
         if self.arithmetic is not None and values is None:
             streams, group = self._streams_of(heads), self._group_of(heads)
-            stored = numpy_dtype(dtype) if self.arithmetic.rounds_to_storage else self.arithmetic.dtype
-            values = np.full((streams, group, rows, columns), np.nan, dtype=stored)
+            is_stored = self.arithmetic.rounds_to_storage or dtype in INDEX_DTYPES
+            stored = numpy_dtype(dtype) if is_stored else self.arithmetic.dtype
+            values = np.full((streams, group, rows, columns), -1 if dtype in INDEX_DTYPES else np.nan, dtype=stored)
         made = Array(name, heads, rows, columns, dtype, role, values)
         self.arrays[name] = made
         return made
@@ -340,7 +401,7 @@ class Machine:
 
     def group_heads(self) -> Iterator[int]:
         """Walk the query heads of the block's KV head; a block of one query head has just its own."""
-        if self._state.heads == "query":
+        if self._state.heads == "query" or self._state.group is not None:
             yield 0
         elif self.arithmetic is None:
             with self._loop(executions=self._state.executions * self.problem.group_size):
@@ -349,6 +410,91 @@ class Machine:
             for head in range(self.problem.group_size):
                 with self._loop(group=head):
                     yield head
+
+    # Loops over lists of rows
+
+    def list_blocks(self, lists: RowLists, tile: int, *, width: int = 1) -> Iterator[ListedRows]:
+        """Run a thread block for every tile of every list; ``width`` is that of :meth:`thread_blocks`."""
+        level = self._state.level + 1
+        if self.arithmetic is None:
+            for rows, times in lists.tiles(tile):
+                with self._loop(executions=times, heads="kv", stack=rows, stack_level=level, selection=None):
+                    yield rows
+            return
+        for stream, head in np.ndindex(lists.counts.shape):
+            for rows in lists.rows_of(stream, head, tile):
+                for part in _parts(rows, width):
+                    with self._loop(
+                        streams=(stream, stream + 1),
+                        executions=part.count,
+                        heads="kv",
+                        group=head,
+                        stack=part,
+                        stack_level=level,
+                        selection=None,
+                    ):
+                        yield part
+
+    def list_tiles(self, lists: RowLists, tile: int) -> Iterator[ListedRows]:
+        """Walk the tiles of the list of the present stream and query head, inside :meth:`single_blocks`."""
+        if self.arithmetic is None:
+            for rows, times in lists.tiles(tile):
+                with self._loop(executions=self._state.executions // lists.counts.size * times):
+                    yield rows
+            return
+        for rows in lists.rows_of(self._state.streams[0], self._state.group or 0, tile):
+            for index in range(rows.first, rows.first + rows.count):
+                with self._loop():
+                    yield replace(rows, first=index, count=1)
+
+    def single_blocks(self, length: int, tile: int, *, per: Heads, width: int = 1) -> Iterator[Rows]:
+        """Run thread blocks as :meth:`thread_blocks` does, simulated by streams one by one, each with its own list."""
+        if self.arithmetic is None:
+            yield from self.thread_blocks(length, tile, per=per, width=width)
+            return
+        heads = range(self.problem.group_size) if per == "query" else (None,)
+        for rows in all_rows(length, tile):
+            for stream in range(self._streams_of(per)):
+                for head in heads:
+                    for part in _parts(rows, width):
+                        with self._loop(
+                            streams=(stream, stream + 1),
+                            executions=part.count,
+                            heads="kv",
+                            group=head,
+                            stack=part,
+                            stack_level=self._state.level + 1,
+                            selection=None,
+                        ):
+                            yield part
+
+    def ragged_tiles(self, lengths: npt.NDArray[np.int64], tile: int) -> Iterator[Rows]:
+        """Walk the tiles of an axis of several lengths, each of them in as many thread blocks; simulated one by one."""
+        if self.arithmetic is None:
+            for size, times in _tile_sizes(lengths, tile):
+                with self._loop(executions=self._state.executions // lengths.size * times):
+                    yield Rows(size, tile, 0, 1)
+        else:
+            (length,) = lengths.tolist()
+            yield from self.tiles(length, tile)
+
+    def repeats(self, times: npt.NDArray[np.int64]) -> Iterator[int]:
+        """Walk a loop of so many turns in each stream.
+
+        When simulating, streams that have fewer take part in the turns of the others uncharged; the program sees to it
+        that these change nothing.
+        """
+        present = times[slice(*self._state.streams)]
+        if self.arithmetic is None:
+            turns = int(present.sum())
+            if turns:
+                with self._loop(executions=self._state.executions // len(present) * turns):
+                    yield 0
+            return
+        for turn in range(int(present.max(initial=0))):
+            running = int((present > turn).sum())
+            with self._loop(executions=self._state.executions // len(present) * running):
+                yield turn
 
     @contextmanager
     def _loop(self, **changes: Any) -> Iterator[None]:
@@ -564,6 +710,15 @@ class Machine:
                 total = total + part
             self._assign(array, rows, columns, total)
 
+    def load_indices(self, array: Array, rows: Rows | int) -> None:
+        """Load so many indices into registers, with whose values the loops are run already."""
+        tile = self._tile_like(array.name, rows, 1, "registers")
+        self._charge_hbm(array.name, "hbm_read_bytes", tile.nbytes)
+
+    def store_indices(self, array: Array, count: int) -> None:
+        """Store so many indices, each at a place of its own, whose values the program fills in."""
+        self._charge_hbm(array.name, "hbm_write_bytes", count * STORED_BYTES[array.dtype])
+
     def _stored_bytes(self, tile: Tile, array: Array) -> int:
         return tile.rows * tile.columns * STORED_BYTES[array.dtype]
 
@@ -600,6 +755,8 @@ class Machine:
         """Return the array's elements of the present streams as (streams, stack, group, rows, columns)."""
         assert array.values is not None
         state = self._state
+        if isinstance(rows, ListedRows):
+            return self._listed_view(array, rows)
         values = array.values if array.heads == "one" else array.values[state.streams[0] : state.streams[1]]
         if array.heads == "query" and state.group is not None:
             values = values[:, state.group : state.group + 1]
@@ -615,6 +772,21 @@ class Machine:
             return split.transpose(0, 3, 1, 2, 4)
         return values[:, None]
 
+    def _listed(self, array: Array, rows: ListedRows) -> tuple[int, int, Values]:
+        """Return stream and head of an array's matrix, and its listed rows."""
+        assert array.values is not None
+        assert rows.listed is not None
+        shared = self._streams_of(array.heads) // len(array.values)
+        listed = rows.listed[rows.start : rows.stop] // (rows.numbers // array.rows)
+        return self._state.streams[0] // shared, self._state.group or 0, listed
+
+    def _listed_view(self, array: Array, rows: ListedRows) -> Values:
+        assert array.values is not None
+        stream, head, listed = self._listed(array, rows)
+        values: Values = array.values[stream, head, listed]
+        count = rows.count if rows is self._state.stack else 1
+        return values.reshape(1, count, 1, -1, array.columns)
+
     def _view(self, array: Array, rows: Rows | None, columns: Rows | None) -> Values:
         view = self._stacked_view(array, rows, columns)
         if self._state.selection is not None and self._is_stacked(rows, columns):
@@ -622,6 +794,11 @@ class Machine:
         return view
 
     def _assign(self, array: Array, rows: Rows | None, columns: Rows | None, values: Values) -> None:
+        if isinstance(rows, ListedRows):
+            assert array.values is not None
+            stream, head, listed = self._listed(array, rows)
+            array.values[stream, head, listed] = values.reshape(len(listed), array.columns)
+            return
         view = self._stacked_view(array, rows, columns)
         if self._state.selection is not None and self._is_stacked(rows, columns):
             view[:, self._state.selection] = values
@@ -684,9 +861,10 @@ class Machine:
     def hidden_elements(self, query_rows: Rows, key_rows: Rows, visibility: Visibility | None = None) -> HiddenElements:
         """Return, for each block of the stack whose tile is partly masked, its hidden (query, key) elements.
 
-        ``visibility`` says which keys the queries see where these are not the problem's.
+        ``visibility`` says which keys the queries see where these are not the problem's. Listed rows see all keys of the
+        tiles that they meet.
         """
-        if self.arithmetic is None:
+        if self.arithmetic is None or isinstance(query_rows, ListedRows):
             return {}
         visibility, stack = visibility or self.problem.keys_of_queries, self._state.stack
         stacked = stack is query_rows or stack is key_rows
@@ -883,6 +1061,49 @@ class Machine:
             number = self._read(factor) if isinstance(factor, Tile) else self.arithmetic.dtype.type(factor)
             self._update(tile, lambda present: present * number)
 
+    def tally(self, counters: Tile, indices: Tile) -> None:
+        """Add 1 to the counter that each index names, which the program's own values follow from."""
+        self._operate(reads=(counters, indices), writes=(counters,), vector_flops=indices.rows * indices.columns)
+
+    def keep_best(
+        self, best: Tile, blocks: Tile, scores: Tile, columns: Rows, hidden: HiddenElements | None = None
+    ) -> None:
+        """Take a tile of scores of blocks into the running choice of the best, each compared with all that are kept.
+
+        Parameters
+        ----------
+        best, blocks
+            Scores of the blocks chosen so far and their indices, ascending, −1 where there are fewer; one row for each
+            query, a column for each choice.
+        scores
+            Those of further blocks, which come after all that were seen.
+        columns
+            Which blocks these are.
+        hidden
+            Which of them a row may not choose.
+        """
+        self._operate(
+            reads=(best, blocks, scores),
+            writes=(best, blocks),
+            vector_flops=scores.rows * scores.columns * best.columns,
+        )
+        if self.arithmetic is not None:
+            found, chosen, added = self._read(best), self._read(blocks), self._read(scores)
+            numbers = np.broadcast_to(np.arange(columns.start, columns.stop, dtype=chosen.dtype), added.shape)
+            visible = np.ones(added.shape, dtype=np.bool_)
+            for position, elements in (hidden or {}).items():
+                visible[:, position] = ~elements
+            found, numbers, visible = (
+                np.concatenate(pair, axis=-1) for pair in ((found, added), (chosen, numbers), (chosen >= 0, visible))
+            )
+            kept = top_blocks(found, visible, np.zeros((), dtype=np.bool_), best.columns)
+            values = [
+                np.where(kept < 0, -1, np.take_along_axis(array, np.maximum(kept, 0), axis=-1)).astype(array.dtype)
+                for array in (found, numbers)
+            ]
+            self._update(best, lambda _: values[0])
+            self._update(blocks, lambda _: values[1])
+
     def log_sum_exp(self, row_max: Tile, row_sum: Tile, *, name: str = "lse") -> Tile:
         """Return the log-sum-exp of each row, −inf where no score was seen."""
         tile = self._row_vector(name, row_max)
@@ -976,6 +1197,21 @@ def _selection(blocks: npt.NDArray[np.intp], count: int) -> slice | npt.NDArray[
     if last - first + 1 != len(blocks):
         return blocks
     return None if len(blocks) == count else slice(first, last + 1)
+
+
+def _tile_sizes(lengths: npt.NDArray[np.int64], tile: int) -> list[tuple[int, int]]:
+    """Return the sizes of the tiles of axes of these lengths, and how often each occurs."""
+    sizes, times = np.unique(lengths % tile, return_counts=True)
+    found = dict(zip(sizes.tolist(), times.tolist(), strict=True)) | {0: 0}
+    found[tile] = int((lengths // tile).sum())
+    return [(size, count) for size, count in found.items() if count]
+
+
+def _parts(rows: RowsT, width: int) -> Iterator[RowsT]:
+    """Split tiles of one stream into stacks of a bounded size."""
+    most = max(1, STACKED_ELEMENTS // (rows.tile * width))
+    for first in range(rows.first, rows.first + rows.count, most):
+        yield replace(rows, first=first, count=min(most, rows.first + rows.count - first))
 
 
 def _slices(parts: list[Values], axis: int) -> list[Values]:

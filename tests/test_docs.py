@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import simattn
 from simattn.algorithms.dilated_window import DilatedWindowProblem
+from simattn.algorithms.moba import MobaProblem
 from simattn.algorithms.overlapped_window import OverlappedWindowProblem
 from simattn.algorithms.sliding_window import SlidingWindowProblem
 from simattn.cli import main
@@ -286,10 +287,47 @@ def overlapped_window_symbols(problem, plan):
     }  # fmt: skip
 
 
+def chosen_blocks(problem, plan):
+    """Return the sizes of a choice of blocks, counted row by row and tile by tile."""
+    rows = range(problem.kv_len - problem.q_len, problem.kv_len)
+    blocks, size = math.ceil(problem.kv_len / problem.block_size), problem.block_size
+    choices = max(0, min(problem.top_k, blocks) - 1)
+    inside_keys = inside_queries = 0
+    for start in range(0, problem.kv_len, size):
+        length = min(size, problem.kv_len - start)
+        for first in range(0, length, plan.tiles.q):
+            last = min(first + plan.tiles.q, length)
+            for key in range(0, last, plan.tiles.kv):
+                inside_keys += min(plan.tiles.kv, length - key)
+                inside_queries += last - first
+    means = 0
+    for first in range(0, problem.kv_len, plan.tiles.q):
+        seen = (min(first + plan.tiles.q, problem.kv_len) - 1) // size
+        means += sum(min(plan.tiles.kv, blocks - 1 - mean) for mean in range(0, seen, plan.tiles.kv))
+    late = [row for row in rows if row >= size and choices]
+    counts = problem.histogram.counts.ravel().tolist() if problem.q_len == problem.kv_len else []
+    return {
+        "B": size,
+        "m": max(0, blocks - 1),
+        "c": choices,
+        "C": sum(min(choices, row // size) for row in rows),
+        "L": sum(math.ceil(count / plan.tiles.q) for count in counts),
+        "I_k": inside_keys,
+        "I_q": inside_queries,
+        "V_m": means,
+        "T_b": math.ceil(size / plan.tiles.kv),
+        "g_m": problem.heads if plan.repeat_kv else problem.kv_heads,
+        "D": sum(min(choices, row // size) * size + row % size + 1 for row in rows),
+        "E": sum(row // size for row in late),
+        "P": len(late),
+    }
+
+
 OWN_SYMBOLS = {
     SlidingWindowProblem: sliding_window_symbols,
     DilatedWindowProblem: dilated_window_symbols,
     OverlappedWindowProblem: overlapped_window_symbols,
+    MobaProblem: chosen_blocks,
 }
 """What the pages of algorithms with problems of their own call sizes besides."""
 
@@ -359,6 +397,8 @@ def bytes_of_table(name, problem, plan, direction, symbols):
         "divides": getattr(problem, "divides", True),
         "own": getattr(problem, "has_own_projections", False),
         "maps": hasattr(problem, "map") and problem.map.name != "identity",
+        "full_attention": getattr(problem, "full_attention", False),
+        "chooses": not getattr(problem, "full_attention", True) and problem.history > 0,
     }
     total = {}
 
@@ -415,7 +455,8 @@ def test_elements_are_the_closed_forms(name, length, head_dim, tiles):
     options = {key: int(value) if value.isdigit() else value for key, value in (item.split("=") for item in settings)}
     spec = simattn.ALGORITHMS[algorithm]
     sizes = {"head_dim": head_dim, "dtype": "float32", **spec.problem_class.usual_arguments(direction, length)}
-    problem = spec.problem_class(**sizes)
+    own = {item.name: options[item.name] for item in fields(spec.problem_class) if item.name in options}
+    problem = spec.problem_class(**sizes, **own)
     tiles = (tiles[0], problem.key_tile(tiles[1]), *(tiles[2:] if spec.chunks_columns else ()))
     shape = {**sizes, "tiles": tiles, "direction": direction}
     traffic = simattn.closed_form(algorithm, **shape, **options, enforce_capacity=False)
