@@ -11,12 +11,14 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import simattn
 from simattn.algorithms.dilated_window import DilatedWindowProblem
+from simattn.algorithms.nsa import NsaProblem
 from simattn.algorithms.overlapped_window import OverlappedWindowProblem
 from simattn.algorithms.sliding_window import SlidingWindowProblem
 from simattn.cli import main
@@ -286,10 +288,50 @@ def overlapped_window_symbols(problem, plan):
     }  # fmt: skip
 
 
+def nsa_symbols(problem, plan):
+    """Return what the page on Native Sparse Attention calls the sizes of one KV head, counted on whole masks."""
+    group, stride, block = problem.group_size, problem.compression_stride, problem.selection_block
+    position = np.arange(problem.kv_len - problem.q_len, problem.kv_len)[:, None]
+    blocks = [
+        first for first in range(0, problem.kv_len, stride) if first + problem.compression_block <= problem.kv_len
+    ]
+    new = [first for first in blocks if first + problem.compression_block > problem.kv_len - problem.q_len]
+    keys = np.arange(problem.kv_len)
+    ratio = block // stride
+    masks = {
+        "c": (
+            np.array(blocks, int) + problem.compression_block - 1 <= position,
+            max(ratio, plan.tiles.kv // ratio * ratio),
+        ),
+        "w": ((keys <= position) & (keys > position - problem.window_keys), plan.tiles.kv),
+    }
+    symbols = {"l": problem.compression_block, "n": problem.selected_blocks, "e": problem.compression_hidden or 0}
+    for name, (seen, tile) in masks.items():
+        tiles = [
+            (min(plan.tiles.q, seen.shape[0] - row), min(tile, seen.shape[1] - column))
+            for row in range(0, seen.shape[0], plan.tiles.q)
+            for column in range(0, seen.shape[1], tile)
+            if seen[row : row + plan.tiles.q, column : column + tile].any()
+        ]
+        symbols |= {f"V_{name}": sum(size for _, size in tiles), f"W_{name}": group * sum(rows for rows, _ in tiles)}
+    starts = range(0, problem.kv_len, block)
+    seen_blocks = [[start for start in starts if start <= at][-problem.selected_blocks :] for at in position[:, 0]]
+    symbols["V_s"] = sum(min(block, problem.kv_len - start) for row in seen_blocks for start in row)
+    symbols["P_s"] = sum(map(len, seen_blocks))
+    symbols |= {"W_s": group * symbols["P_s"], "N_s": len(starts), "N_c": len(blocks), "N_c'": len(new)}
+    tile = plan.compressed_rows or max(1, plan.tiles.kv // stride)
+    for prime, compressed in (("", blocks), ("'", new)):
+        parts = [compressed[first : first + tile] for first in range(0, len(compressed), tile)]
+        symbols[f"T_m{prime}"] = len(parts)
+        symbols[f"R{prime}"] = sum(part[-1] - part[0] + problem.compression_block for part in parts)
+    return symbols
+
+
 OWN_SYMBOLS = {
     SlidingWindowProblem: sliding_window_symbols,
     DilatedWindowProblem: dilated_window_symbols,
     OverlappedWindowProblem: overlapped_window_symbols,
+    NsaProblem: nsa_symbols,
 }
 """What the pages of algorithms with problems of their own call sizes besides."""
 
@@ -358,6 +400,8 @@ def bytes_of_table(name, problem, plan, direction, symbols):
         "grouped_gradients": grouped,
         "divides": getattr(problem, "divides", True),
         "own": getattr(problem, "has_own_projections", False),
+        "mlp": getattr(problem, "compression", None) == "mlp",
+        "selects": getattr(problem, "selection", None) is None,
         "maps": hasattr(problem, "map") and problem.map.name != "identity",
     }
     total = {}
@@ -421,6 +465,7 @@ def test_elements_are_the_closed_forms(name, length, head_dim, tiles):
     shape = {**sizes, "tiles": tiles, "direction": direction}
     traffic = simattn.closed_form(algorithm, **shape, **options, enforce_capacity=False)
     plan = simattn.default_plan(algorithm, **shape, **options, enforce_capacity=False)
+    problem = simattn.ALGORITHMS[algorithm].problem_class(q_len=length, head_dim=head_dim, dtype="float32")
     assert 4 * value_of(formulas()[1][name], symbols_of(problem, plan)) == traffic.hbm_bytes
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from simattn.claims import arithmetic, decoding, heads, io, memory, memory_management, recurrent, timing, windows
+from simattn.claims import arithmetic, decoding, heads, io, memory, memory_management, nsa, recurrent, timing, windows
 from simattn.claims.model import VERDICTS, Claim, ClaimRow, ClaimTable, Evidence, Verdict, check_claims, claim
 
 __all__ = [
@@ -46,6 +46,7 @@ CLAIMS: tuple[Claim, ...] = (
     *heads.CLAIMS,
     *recurrent.CLAIMS,
     *windows.CLAIMS,
+    *nsa.CLAIMS,
     *memory_management.CLAIMS,
     *decoding.CLAIMS,
     *timing.CLAIMS,
