@@ -730,8 +730,9 @@ def _numbers(request: _Request, machine: Machine) -> dict[str, Any]:
     given = request.problem.inputs(request.direction)
 
     def in_user_layout(array: Array) -> Values:
-        if array.name in given and array.values is not None:  # a state, changed in place
-            return array.values.reshape(given[array.name].user_shape(request.problem))
+        shape = given[array.name].given_shape if array.name in given else None
+        if shape is not None and array.values is not None:  # a state, changed in place
+            return array.values.reshape(shape)
         return _user_layout(array, request.problem)
 
     results = {

@@ -112,12 +112,13 @@ def compulsory_traffic(problem: AttentionProblem, direction: Direction) -> Traff
         moved["dv"] = written(bytes_of(problem.kv_heads, every_key, value_dim))
     matrices = {"query": problem.batch * problem.heads, "kv": problem.batch * problem.kv_heads, "one": 1}
     for name, shape in problem.inputs(direction).items():
-        if name in problem.own_inputs and shape.dtype not in INDEX_DTYPES:
-            item = STORED_BYTES[shape.dtype or problem.dtype]
-            whole = bytes_of(matrices[shape.heads], shape.rows, shape.columns, item)
-            moved[name] = read(whole) + written(whole if name in problem.written_inputs else 0)
-            if direction == "backward" and shape.gradient:
-                moved[f"d{name}"] = written(whole)
+        is_own = name in problem.own_inputs and shape.dtype not in INDEX_DTYPES
+        row = bytes_of(matrices[shape.heads], 1, shape.columns, STORED_BYTES[shape.dtype or problem.dtype])
+        if is_own or shape.needed_rows is not None:
+            needed = shape.rows if shape.needed_rows is None else shape.needed_rows
+            moved[name] = read(row * needed) + written(row * shape.rows if name in problem.written_inputs else 0)
+        if is_own and direction == "backward" and shape.gradient:
+            moved[f"d{name}"] = written(row * shape.rows)
     return Traffic(moved)
 
 

@@ -24,10 +24,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from simattn.arithmetic.floating import FloatArithmetic, HiddenElements, add_in_place
 from simattn.arithmetic.formats import INDEX_DTYPES, STORED_BYTES, numpy_dtype
-from simattn.masks import Rows, Visibility, VisibleRows, all_rows
+from simattn.masks import Rows, Visibility, VisibleRows, Windows, all_rows
 from simattn.problem import AttentionProblem, Heads
 from simattn.selection import top_blocks
 from simattn.tables import byte_text
@@ -534,25 +535,14 @@ class Machine:
 
     def _walk_selected(self, span: VisibleRows, tile: int) -> Iterator[Rows]:
         """Walk tiles for a stack of blocks, each tile with the blocks that see it."""
-        rows, visibility = span.seen_by, span.visibility
-        base = self._state.executions // rows.count
-        ranges = [visibility.column_tiles(rows, rows.first + block, tile) for block in range(rows.count)]
-        lows, highs = np.array(ranges).T
-        for index in range(int(lows.min()), int(highs.max())):
-            seen = (lows <= index) & (index < highs)
-            if visibility.blocks is not None:
-                seen &= [
-                    visibility.tile_is_stored((rows.first + block) * rows.tile, index * tile)
-                    for block in range(rows.count)
-                ]
-            blocks = np.flatnonzero(seen)
-            if len(blocks):
-                with self._loop(
-                    executions=base * len(blocks),
-                    selection=_selection(blocks, rows.count),
-                    selection_level=self._state.level + 1,
-                ):
-                    yield Rows(visibility.columns, tile, index, 1)
+        rows, base = span.seen_by, self._state.executions // span.seen_by.count
+        for index, blocks in span.visibility.visits(rows, tile):
+            with self._loop(
+                executions=base * len(blocks),
+                selection=_selection(blocks, rows.count),
+                selection_level=self._state.level + 1,
+            ):
+                yield Rows(span.visibility.columns, tile, index, 1)
 
     def _walk_visible(self, span: VisibleRows, tile: int, independent: bool, width: int) -> Iterator[Rows]:
         """Walk the tiles that one tile of an enclosing loop sees."""
@@ -634,7 +624,14 @@ class Machine:
         self._live.remove(tile)
 
     def full(
-        self, name: str, rows: Rows | int, columns: Rows | int, value: float, *, place: Place, parts: int = 1
+        self,
+        name: str,
+        rows: Rows | Windows | int,
+        columns: Rows | int,
+        value: float,
+        *,
+        place: Place,
+        parts: int = 1,
     ) -> Tile:
         """Make an fp32 tile filled with one value, one for every block of the stack.
 
@@ -660,7 +657,7 @@ class Machine:
     def load(
         self,
         array: Array,
-        rows: Rows | None = None,
+        rows: Rows | Windows | None = None,
         columns: Rows | None = None,
         *,
         place: Place = "sram",
@@ -694,11 +691,17 @@ class Machine:
         if self.arithmetic is not None:
             self._assign(array, rows, columns, self._read(tile))
 
-    def reduce(self, tile: Tile, array: Array, rows: Rows | None = None, columns: Rows | None = None) -> None:
+    def reduce(self, tile: Tile, array: Array, rows: Rows | Windows | None = None, columns: Rows | None = None) -> None:
         """Add a tile to an array in place, as a reduction sent to memory does; blocks and heads ascending."""
         self._charge_read(tile)
         self._charge_hbm(array.name, "hbm_reduce_bytes", self._stored_bytes(tile, array))
-        if self.arithmetic is not None:
+        if self.arithmetic is None:
+            return
+        if isinstance(rows, Windows) and self._is_stacked(rows, columns):
+            view, added = self._stacked_view(array, rows, columns), self._read(tile)
+            for block in range(added.shape[1]):  # one by one, since they overlap
+                view[:, block] += added[:, block]
+        else:
             total, parts = self._view(array, rows, columns), [self._read(tile)]
             if not self._is_stacked(rows, columns):
                 parts = _slices(parts, axis=1)
@@ -719,21 +722,26 @@ class Machine:
         """Store so many indices, each at a place of its own, whose values the program fills in."""
         self._charge_hbm(array.name, "hbm_write_bytes", count * STORED_BYTES[array.dtype])
 
+    def move_element(self, array: Array, counter: Literal["read", "written", "reduced"]) -> None:
+        """Charge one element whose place follows from data; the program reads and sets such values itself."""
+        counters = {"read": "hbm_read_bytes", "written": "hbm_write_bytes", "reduced": "hbm_reduce_bytes"}
+        self._charge_hbm(array.name, counters[counter], STORED_BYTES[array.dtype])
+
     def _stored_bytes(self, tile: Tile, array: Array) -> int:
         return tile.rows * tile.columns * STORED_BYTES[array.dtype]
 
     def _tile_like(
         self,
         name: str,
-        rows: Rows | int,
+        rows: Rows | Windows | int,
         columns: Rows | int,
         place: Place,
         *,
         item_bytes: int = 4,
         stages: int = 1,
     ) -> Tile:
-        clipped = [axis.size if isinstance(axis, Rows) else axis for axis in (rows, columns)]
-        whole = [axis.tile if isinstance(axis, Rows) else axis for axis in (rows, columns)]
+        clipped = [axis if isinstance(axis, int) else axis.size for axis in (rows, columns)]
+        whole = [axis if isinstance(axis, int) else axis.tile for axis in (rows, columns)]
         return self.allocate(
             name,
             clipped[0],
@@ -747,11 +755,11 @@ class Machine:
     def _row_vector(self, name: str, like: Tile) -> Tile:
         return self.allocate(name, like.rows, 1, place="registers", capacity=(like.capacity_rows, 1))
 
-    def _is_stacked(self, rows: Rows | None, columns: Rows | None) -> bool:
+    def _is_stacked(self, rows: Rows | Windows | None, columns: Rows | None) -> bool:
         stack = self._state.stack
-        return stack is not None and (rows is stack or columns is stack)
+        return stack is not None and (_tiles_of(rows) is stack or columns is stack)
 
-    def _stacked_view(self, array: Array, rows: Rows | None, columns: Rows | None) -> Values:
+    def _stacked_view(self, array: Array, rows: Rows | Windows | None, columns: Rows | None) -> Values:
         """Return the array's elements of the present streams as (streams, stack, group, rows, columns)."""
         assert array.values is not None
         state = self._state
@@ -767,6 +775,9 @@ class Machine:
         streams, group, height, width = values.shape
         if rows is not None and rows is state.stack:
             return values.reshape(streams, group, rows.count, rows.size, width).transpose(0, 2, 1, 3, 4)
+        if isinstance(rows, Windows) and rows.of is state.stack:
+            windows = sliding_window_view(values, rows.size, axis=2, writeable=True)
+            return windows[:, :, :: rows.of.tile * rows.stride].transpose(0, 2, 1, 4, 3)
         if columns is not None and columns is state.stack:
             split = values.reshape(streams, group, height, columns.count, columns.size)
             return split.transpose(0, 3, 1, 2, 4)
@@ -787,13 +798,13 @@ class Machine:
         count = rows.count if rows is self._state.stack else 1
         return values.reshape(1, count, 1, -1, array.columns)
 
-    def _view(self, array: Array, rows: Rows | None, columns: Rows | None) -> Values:
+    def _view(self, array: Array, rows: Rows | Windows | None, columns: Rows | None) -> Values:
         view = self._stacked_view(array, rows, columns)
         if self._state.selection is not None and self._is_stacked(rows, columns):
             return view[:, self._state.selection]
         return view
 
-    def _assign(self, array: Array, rows: Rows | None, columns: Rows | None, values: Values) -> None:
+    def _assign(self, array: Array, rows: Rows | Windows | None, columns: Rows | None, values: Values) -> None:
         if isinstance(rows, ListedRows):
             assert array.values is not None
             stream, head, listed = self._listed(array, rows)
@@ -861,26 +872,24 @@ class Machine:
     def hidden_elements(self, query_rows: Rows, key_rows: Rows, visibility: Visibility | None = None) -> HiddenElements:
         """Return, for each block of the stack whose tile is partly masked, its hidden (query, key) elements.
 
-        ``visibility`` says which keys the queries see where these are not the problem's. Listed rows see all keys of the
-        tiles that they meet.
+        ``visibility`` says which keys the queries see where these are not the problem's. Listed rows see all keys of
+        the tiles that they meet.
         """
         if self.arithmetic is None or isinstance(query_rows, ListedRows):
             return {}
-        visibility, stack = visibility or self.problem.keys_of_queries, self._state.stack
-        stacked = stack is query_rows or stack is key_rows
-        members = np.arange(stack.count if stacked and stack is not None else 1)
-        if stacked and self._state.selection is not None:
+        queries, keys = (self.present(rows) for rows in (query_rows, key_rows))
+        queries, keys = np.broadcast_arrays(queries, keys)
+        visibility = visibility or self.problem.keys_of_queries
+        return visibility.hidden(query_rows, queries, key_rows, keys)
+
+    def present(self, rows: Rows) -> npt.NDArray[np.intp]:
+        """Return the tiles of a run that the present thread blocks of a simulation are at."""
+        if rows is not self._state.stack:
+            return np.array([rows.first])
+        members = np.arange(rows.count)
+        if self._state.selection is not None:
             members = members[self._state.selection]
-        hidden: dict[int, npt.NDArray[np.bool_]] = {}
-        for position, member in enumerate(members.tolist()):
-            query = query_rows.first + (member if stack is query_rows else 0)
-            keys = key_rows
-            if stack is key_rows:
-                keys = Rows(key_rows.length, key_rows.tile, key_rows.first + member, 1)
-            seen = visibility.elements(query_rows, query, keys)
-            if seen is not None:
-                hidden[position] = ~seen
-        return hidden
+        return rows.first + members
 
     def hide(self, tile: Tile, hidden: HiddenElements, value: float) -> None:
         """Set the hidden elements of a (query, key) tile."""
@@ -1169,6 +1178,19 @@ class Machine:
             dtype = self.arithmetic.dtype
             self._update(tile, lambda present: function(present).astype(dtype, copy=False))
 
+    def transform(
+        self, reads: tuple[Tile, ...], into: Tile, function: Callable[..., Values], *, vector_flops: int
+    ) -> Tile:
+        """Set a tile to a function of the values of others, which takes so many operations, and return it."""
+        self._operate(reads=reads, writes=(into,), vector_flops=vector_flops)
+        if self.arithmetic is not None:
+            values = function(*map(self._read, reads)).astype(self.arithmetic.dtype, copy=False)
+            if into.values is None:
+                into.values = values
+            else:
+                self._update(into, lambda _: values)
+        return into
+
     def multiply(self, tile: Tile, factors: Tile | Callable[[], Values]) -> None:
         """Multiply element by element, by another tile or by numbers that follow from indices and cost no bytes."""
         reads = (tile, factors) if isinstance(factors, Tile) else (tile,)
@@ -1189,6 +1211,10 @@ class Machine:
         if self.arithmetic is not None:
             values = self._read(other)
             self._update(tile, lambda present: present + values)
+
+
+def _tiles_of(rows: Rows | Windows | None) -> Rows | None:
+    return rows.of if isinstance(rows, Windows) else rows
 
 
 def _selection(blocks: npt.NDArray[np.intp], count: int) -> slice | npt.NDArray[np.intp] | None:

@@ -227,7 +227,9 @@ class Visibility:
     """For every row of one axis, the columns of the other axis that it sees.
 
     Row ``r`` sees the columns ``r + shift - before … r + shift + after``, both ends included, that lie inside
-    ``columns`` and inside a stored block. The same class serves keys seen by queries and queries seeing keys.
+    ``columns`` and inside a stored block. The same class serves keys seen by queries and queries seeing keys. Where
+    rows are packed or columns spread, row ``r`` stands at ``(r + row_offset) // packed`` and column ``c`` at
+    ``(c + column_offset) // spread``.
 
     Attributes
     ----------
@@ -241,6 +243,8 @@ class Visibility:
         The block-sparse mask, its rows along the rows of this object.
     packed, spread
         Adjacent rows that stand at one position, and columns; one of them is 1. Without a block-sparse mask.
+    row_offset, column_offset
+        Rows and columns by which the first position begins earlier; without a block-sparse mask.
     """
 
     rows: int
@@ -251,6 +255,8 @@ class Visibility:
     blocks: BlockMask | None = None
     packed: int = 1
     spread: int = 1
+    row_offset: int = 0
+    column_offset: int = 0
 
     @cached_property
     def transposed(self) -> Visibility:
@@ -264,15 +270,19 @@ class Visibility:
             blocks=None if self.blocks is None else self.blocks.transposed,
             packed=self.spread,
             spread=self.packed,
+            row_offset=self.column_offset,
+            column_offset=self.row_offset,
         )
 
     def interval(self, start: int, stop: int) -> tuple[int, int]:
         """Return the half-open range of columns that the band shows to any of the rows start … stop-1."""
-        start, stop = start // self.packed, ceil_div(stop, self.packed)
-        low = 0 if self.before is None else max(0, (start + self.shift - self.before) * self.spread)
+        start, stop = (start + self.row_offset) // self.packed, ceil_div(stop + self.row_offset, self.packed)
+        low = 0
+        if self.before is not None:
+            low = max(0, (start + self.shift - self.before) * self.spread - self.column_offset)
         high = self.columns
         if self.after is not None:
-            high = min(self.columns, (stop + self.shift + self.after) * self.spread)
+            high = min(self.columns, (stop + self.shift + self.after) * self.spread - self.column_offset)
         return (low, high) if start < stop and low < high else (0, 0)
 
     def column_tiles(self, rows: Rows, index: int, column_tile: int) -> tuple[int, int]:
@@ -280,6 +290,27 @@ class Visibility:
         start = index * rows.tile
         low, high = self.interval(start, min(start + rows.tile, self.rows))
         return low // column_tile, ceil_div(high, column_tile)
+
+    def visits(self, rows: Rows, column_tile: int) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
+        """Walk the column tiles that a run of equal row tiles visits, ascending.
+
+        Yields
+        ------
+        index, members
+            A column tile and the row tiles of the run that see it, ascending and counted from its first.
+        """
+        ranges = [self.column_tiles(rows, rows.first + member, column_tile) for member in range(rows.count)]
+        lows, highs = np.array(ranges).T
+        for index in range(int(lows.min()), int(highs.max())):
+            seen = (lows <= index) & (index < highs)
+            if self.blocks is not None:
+                seen &= [
+                    self.tile_is_stored((rows.first + member) * rows.tile, index * column_tile)
+                    for member in range(rows.count)
+                ]
+            members = np.flatnonzero(seen)
+            if len(members):
+                yield index, members
 
     def tile_is_stored(self, row: int, column: int) -> bool:
         """Say whether the block that holds this row and column is stored."""
@@ -303,14 +334,28 @@ class Visibility:
             return stored if band is None else band
         return band & stored
 
+    def hidden(
+        self, rows: Rows, row_tiles: npt.NDArray[np.intp], columns: Rows, column_tiles: npt.NDArray[np.intp]
+    ) -> dict[int, npt.NDArray[np.bool_]]:
+        """Return, for each of some pairs of row and column tiles that is partly hidden, its hidden elements."""
+        found = {}
+        for place, (row_tile, column_tile) in enumerate(zip(row_tiles.tolist(), column_tiles.tolist(), strict=True)):
+            seen = self.elements(rows, row_tile, Rows(columns.length, columns.tile, column_tile, 1))
+            if seen is not None:
+                found[place] = ~seen
+        return found
+
     def _band_elements(self, start: int, stop: int, columns: Rows) -> npt.NDArray[np.bool_] | None:
-        last_low = 0 if self.before is None else (stop - 1) // self.packed + self.shift - self.before
-        first_high = self.columns - 1 if self.after is None else start // self.packed + self.shift + self.after
-        first_column, last_column = columns.start // self.spread, (columns.stop - 1) // self.spread
-        if last_low <= first_column and last_column <= first_high:
+        first_row, last_row = ((row + self.row_offset) // self.packed for row in (start, stop - 1))
+        first_column, last_column = (
+            (column + self.column_offset) // self.spread for column in (columns.start, columns.stop - 1)
+        )
+        if (self.before is None or last_row + self.shift - self.before <= first_column) and (
+            self.after is None or last_column <= first_row + self.shift + self.after
+        ):
             return None
-        position = np.arange(start, stop)[:, None] // self.packed + self.shift
-        column = np.arange(columns.start, columns.stop)[None, :] // self.spread
+        position = (np.arange(start, stop)[:, None] + self.row_offset) // self.packed + self.shift
+        column = (np.arange(columns.start, columns.stop)[None, :] + self.column_offset) // self.spread
         seen = np.ones((stop - start, columns.stop - columns.start), dtype=np.bool_)
         if self.before is not None:
             seen &= column >= position - self.before
@@ -370,10 +415,11 @@ class Visibility:
         if column_stop <= column_start:
             return 0, 0
         packed, step = self.packed, self.packed * self.spread
+        origin = self.spread * self.row_offset - packed * self.column_offset
         tile, size, divisor = self.spread * rows.tile, self.spread * rows.size, packed * column_tile
         column_start, column_stop = packed * column_start, packed * column_stop
-        low_intercept = None if self.before is None else step * (self.shift - self.before)
-        high_intercept = None if self.after is None else size + step * (self.shift + self.after)
+        low_intercept = None if self.before is None else origin + step * (self.shift - self.before)
+        high_intercept = None if self.after is None else origin + size + step * (self.shift + self.after)
         if low_intercept is not None:  # low(i) < column_stop
             stop = min(stop, ceil_div(column_stop - low_intercept, tile))
         if high_intercept is not None:  # high(i) > column_start
@@ -399,6 +445,46 @@ class Visibility:
                 reaches = max(first, (full_columns - high_intercept) // tile + 1)
             clipped = max(0, stop - reaches)
         return ends - starts, clipped
+
+
+@dataclass(frozen=True)
+class Windows:
+    """For each tile of a run, the rows of a longer axis that it is made of.
+
+    Row ``i`` of the run is made of the rows ``i · stride … i · stride + width - 1`` of the longer axis, so the rows of
+    one tile overlap those of the next where the width exceeds the stride.
+
+    Attributes
+    ----------
+    of
+        The tiles.
+    stride, width
+        See above.
+    """
+
+    of: Rows
+    stride: int
+    width: int
+
+    @property
+    def tile(self) -> int:
+        """Rows that a tile which is not clipped is made of."""
+        return (self.of.tile - 1) * self.stride + self.width
+
+    @property
+    def size(self) -> int:
+        """Rows that each tile is made of."""
+        return (self.of.size - 1) * self.stride + self.width
+
+    @property
+    def start(self) -> int:
+        """First row."""
+        return self.of.start * self.stride
+
+    @property
+    def stop(self) -> int:
+        """One past the last row."""
+        return (self.of.stop - 1) * self.stride + self.width
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class InputShape:
     given_shape
         The shape that callers give in place of the usual one, its elements in the order of batch entries, heads, rows
         and columns, or of the rows and columns of the single matrix.
+    needed_rows
+        Rows that every implementation reads; None is all, of keys and values all that are seen.
     """
 
     rows: int
@@ -46,6 +48,7 @@ class InputShape:
     dtype: str | None = None
     gradient: bool = True
     given_shape: tuple[int, ...] | None = None
+    needed_rows: int | None = None
 
     def user_shape(self, problem: AttentionProblem) -> tuple[int, ...]:
         """Return the shape that callers give: (batch, rows, heads, columns), or (rows, columns) of a single matrix."""

@@ -244,7 +244,7 @@ def tiles_for(draw: st.DrawFn, problem: AttentionProblem, *, max_tiles: int = 12
 def plan_options(draw: st.DrawFn, algorithm: Algorithm) -> dict[str, Any]:
     """Draw the options of an algorithm's plan, found from the types of its fields.
 
-    Tiles and packed heads, which depend on the problem, are left out.
+    Tiles, packed heads and packed positions, which depend on the problem, are left out.
 
     Parameters
     ----------
@@ -256,7 +256,7 @@ def plan_options(draw: st.DrawFn, algorithm: Algorithm) -> dict[str, Any]:
     hints = typing.get_type_hints(algorithm.plan_class)
     options: dict[str, Any] = {}
     for item in fields(algorithm.plan_class):
-        if item.name not in ("tiles", "packed_heads", "enforce_capacity") and draw(st.booleans()):
+        if item.name not in ("tiles", "packed_heads", "positions", "enforce_capacity") and draw(st.booleans()):
             options[item.name] = draw(st.sampled_from(_values_of(hints[item.name])))
     return options
 

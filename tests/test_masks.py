@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simattn import AttentionProblem, BlockMask
-from simattn.masks import Rows, all_rows
+from simattn.masks import Rows, Visibility, all_rows
 from simattn.testing import attention_problems, block_masks, tiles_for
 
 EXAMPLES = settings.default.max_examples
@@ -162,3 +162,43 @@ def test_block_mask_from_blocks_refuses_indices_outside():
 def test_block_mask_refuses_malformed_runs(row_runs, words):
     with pytest.raises(ValueError, match=words):
         BlockMask(q_block=1, kv_block=1, q_blocks=2, kv_blocks=2, row_runs=row_runs)
+
+
+@settings(max_examples=2 * EXAMPLES)
+@given(
+    lengths=st.tuples(st.integers(0, 40), st.integers(0, 12)),
+    packed=st.integers(1, 7),
+    offset=st.integers(-40, 40),
+    sides=st.tuples(st.none() | st.integers(0, 5), st.none() | st.integers(0, 5)),
+    tiles=st.tuples(st.integers(1, 12), st.integers(1, 5)),
+)
+def test_positions_may_begin_inside_the_rows_that_stand_at_one(lengths, packed, offset, sides, tiles):
+    rows, columns = lengths
+    before, after = sides
+    visibility = Visibility(rows, columns, 1, before, after, packed=packed, row_offset=offset)
+    position, column = (np.arange(rows)[:, None] + offset) // packed + 1, np.arange(columns)[None, :]
+    seen = np.ones((rows, columns), dtype=bool)
+    if before is not None:
+        seen &= column >= position - before
+    if after is not None:
+        seen &= column <= position + after
+    for relation, elements, (row_tile, column_tile) in (
+        (visibility, seen, tiles),
+        (visibility.transposed, seen.T, tiles[::-1]),
+    ):
+        for run in all_rows(elements.shape[0], row_tile):
+            for index, members in relation.visits(run, column_tile):
+                for member in members.tolist():
+                    keys = Rows(elements.shape[1], column_tile, index, 1)
+                    part = elements[(run.first + member) * row_tile :][:row_tile, keys.start : keys.stop]
+                    found = relation.elements(run, run.first + member, keys)
+                    np.testing.assert_array_equal(part if found is None else found, part)
+                    assert found is not None or part.all()
+            tile_count = sum(len(members) for _, members in relation.visits(run, column_tile))
+            assert sum(relation.tile_visits(run, column_tile)) == tile_count
+            expected = sum(
+                elements[(run.first + member) * row_tile :][:row_tile, start : start + column_tile].any()
+                for member in range(run.count)
+                for start in range(0, elements.shape[1], column_tile)
+            )
+            assert tile_count == expected

@@ -24,7 +24,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from simattn.claims import arithmetic, decoding, heads, io, memory, memory_management, moba, recurrent, timing, windows
+from simattn.claims import (
+    arithmetic,
+    decoding,
+    heads,
+    io,
+    memory,
+    memory_management,
+    moba,
+    nsa,
+    recurrent,
+    timing,
+    windows,
+)
 from simattn.claims.model import VERDICTS, Claim, ClaimRow, ClaimTable, Evidence, Verdict, check_claims, claim
 
 __all__ = [
@@ -46,6 +58,7 @@ CLAIMS: tuple[Claim, ...] = (
     *heads.CLAIMS,
     *recurrent.CLAIMS,
     *windows.CLAIMS,
+    *nsa.CLAIMS,
     *moba.CLAIMS,
     *memory_management.CLAIMS,
     *decoding.CLAIMS,
