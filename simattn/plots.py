@@ -284,7 +284,7 @@ def roofline(
     for point in placed:
         if not (0 < point.intensity < math.inf and 0 < point.flops_per_second < math.inf):
             raise ValueError(f"point {point}: expected finite numbers above 0")
-    ax = _axes(ax)
+    ax = _axes(ax, height=max(4.2, 0.6 + 0.21 * len(placed)))
     ridge, peak = ridge_point(row, dtype), row.matmul_flops_per_second(dtype)
     seen = [ridge / 16, ridge, *(point.intensity for point in placed)]
     low, high = min(seen) / 4, max(seen) * 2
