@@ -8,6 +8,7 @@ import pytest
 from simattn import AttentionProblem, CapacityError, Traffic
 from simattn.arithmetic.floating import get_arithmetic
 from simattn.machine import Machine
+from simattn.masks import Windows
 from simattn.traffic import ArrayTraffic
 
 PROBLEM = AttentionProblem(batch=2, heads=4, kv_heads=2, q_len=10, head_dim=3, dtype="float32")
@@ -151,3 +152,20 @@ def test_a_store_rounds_to_the_storage_format():
         machine.store(machine.load(array, rows), rounded, rows)
     assert rounded.values.dtype.name == "bfloat16"
     assert (rounded.values == 1).all()
+
+
+def test_rows_that_tiles_share_are_loaded_and_reduced_for_each(arithmetic):
+    values = values_of("kv")
+    machine, _ = machine_with(arithmetic=arithmetic)
+    array = machine.array("y", 10, 3, heads="kv", values=values)
+    total = machine.array("total", 10, 3, heads="kv", values=np.zeros_like(values))
+    # Four rows made of 0–3, 2–5, 4–7 and 6–9, three of them in the first tile.
+    for rows in machine.thread_blocks(4, 3, per="kv"):
+        made_of = Windows(rows, stride=2, width=4)
+        assert (made_of.size, made_of.tile) == ((8, 8) if rows.first == 0 else (4, 8))
+        machine.reduce(machine.load(array, made_of, place="registers"), total, made_of)
+    assert machine.traffic.by_array["y"].hbm_read_bytes == 4 * (8 + 4) * 3 * 4
+    assert machine.traffic.by_array["total"].hbm_reduce_bytes == 4 * (8 + 4) * 3 * 4
+    if arithmetic is not None:
+        times = np.array([1, 1, 1, 1, 1, 1, 2, 2, 1, 1])  # the last tile has rows 6–9
+        np.testing.assert_array_equal(total.values, values * times[:, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,8 +96,27 @@ class _Stream:
                 rows = np.concatenate([inputs[f"{name}_compressed"][batch, :old, head], rows[old:]])
             self.keys_and_values[f"{name}_compressed"] = rows
 
-    def seen(self, branch: str) -> Mask:
-        """Return which rows of a branch each query sees, (q_len, rows)."""
+    @cached_property
+    def seen(self) -> dict[str, Mask]:
+        """Which rows of a branch each query sees, (q_len, rows)."""
+        return {branch: self._seen(branch) for branch in BRANCHES}
+
+    @cached_property
+    def probabilities(self) -> dict[str, Values]:
+        """The softmax of a branch, (group, q_len, rows), 0 where nothing is seen."""
+        return {branch: self._probabilities(branch, self.seen[branch]) for branch in BRANCHES}
+
+    @cached_property
+    def branch_outs(self) -> dict[str, Values]:
+        """The output of a branch, (group, q_len, value_dim)."""
+        return {
+            branch: self.rounded(
+                seen_product(self.probabilities[branch], self.keys_and_values[f"v_{branch}"], self.seen[branch])
+            )
+            for branch in BRANCHES
+        }
+
+    def _seen(self, branch: str) -> Mask:
         problem = self.problem
         position = problem.positions[:, None]
         if branch == "compressed":
@@ -108,9 +128,8 @@ class _Stream:
         own_blocks = self.select()[:, :, None] == keys // problem.selection_block
         return np.asarray(own_blocks.any(axis=1) & (keys <= position))
 
-    def probabilities(self, branch: str) -> Values:
-        """Return the softmax of a branch, (group, q_len, rows), 0 where nothing is seen."""
-        seen, keys = self.seen(branch), self.keys_and_values[f"k_{branch}"]
+    def _probabilities(self, branch: str, seen: Mask) -> Values:
+        keys = self.keys_and_values[f"k_{branch}"]
         scale = self.q.dtype.type(self.problem.scale)
         scores = np.where(seen, scale * self.rounded(self.q @ keys.T), -np.inf)
         highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
@@ -125,7 +144,7 @@ class _Stream:
             given: Indices = problem.selection.indices[self.batch, self.head]
             return given
         blocks = problem.selection_blocks
-        probabilities = self.probabilities("compressed").sum(axis=0)
+        probabilities = self._probabilities("compressed", self._seen("compressed")).sum(axis=0)
         first = np.arange(problem.compressed_len)[:, None] * problem.compression_stride
         start = np.arange(blocks) * problem.selection_block
         overlap = np.minimum(first + problem.compression_block, start + problem.selection_block) - np.maximum(
@@ -138,14 +157,9 @@ class _Stream:
             scores[:, seen] += (weights[seen] * probabilities[:, row, None]).astype(scores.dtype)
         return problem.choose(scores)
 
-    def branch_out(self, branch: str) -> Values:
-        """Return the output of a branch, (group, q_len, value_dim)."""
-        values = self.keys_and_values[f"v_{branch}"]
-        return self.rounded(seen_product(self.probabilities(branch), values, self.seen(branch)))
-
     def out(self) -> Values:
         """Return the gated sum of the branches, (q_len, group, value_dim)."""
-        total = sum(self.gates[..., [number]] * self.branch_out(branch) for number, branch in enumerate(BRANCHES))
+        total = sum(self.gates[..., [number]] * self.branch_outs[branch] for number, branch in enumerate(BRANCHES))
         return np.moveaxis(self.rounded(np.asarray(total)), 0, 1)
 
     def add_gradients(self, results: dict[str, Values]) -> None:
@@ -155,7 +169,7 @@ class _Stream:
         dq = np.zeros_like(self.q)
         gradients: dict[str, Values] = {}
         for number, branch in enumerate(BRANCHES):
-            seen, probabilities, out = self.seen(branch), self.probabilities(branch), self.branch_out(branch)
+            seen, probabilities, out = (found[branch] for found in (self.seen, self.probabilities, self.branch_outs))
             keys, values = (self.keys_and_values[f"{name}_{branch}"] for name in "kv")
             results["dgates"][batch][:, self.queries, number] = (dout * out).sum(axis=-1).T
             gradient = self.gates[..., [number]] * dout
