@@ -188,7 +188,7 @@ def traffic_against_sram(
     Parameters
     ----------
     algorithms
-        Names; default every algorithm that has the direction.
+        Names; default every algorithm that has the direction and attends to all keys.
     sram_bytes
         Sizes; default from d/2 to 16·d² elements.
     q_len, head_dim, dtype
@@ -214,6 +214,8 @@ def traffic_against_sram(
     ----------
     Saha and Ye 2024, arXiv 2402.07443, Theorem 3.1.
     """
+    if algorithms is None:
+        algorithms = [name for name, spec in ALGORITHMS.items() if spec.takes_any_mask and direction in spec.programs]
     names = _checked_names(algorithms, direction)
     item_bytes = ITEM_BYTES[storage_name(dtype)]
     if sram_bytes is None:

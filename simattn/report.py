@@ -458,8 +458,8 @@ def pictures(hardware: Hardware) -> list[Picture]:
         Picture(
             "roofline",
             f"Roofline ({ROOFLINE_SHAPE})",
-            "Programs of attention to all keys. Filled markers are forward, hollow ones backward, each at the rate "
-            "that its own bytes and operations allow at most. A marker above the HBM roof relies on the L2 cache.",
+            "Filled markers are forward, hollow ones backward, each at the rate that its own bytes and operations "
+            "allow at most. A marker above the HBM roof relies on the L2 cache.",
             lambda: plots.roofline(
                 hardware, _roofline_points(hardware), dtype=SHAPES[ROOFLINE_SHAPE].arguments["dtype"]
             ),
@@ -492,8 +492,6 @@ def _roofline_points(hardware: Hardware) -> list[tuple[str, float, float]]:
     directions: tuple[Direction, ...] = ("forward", "backward")
     for direction in directions:
         for run in _runs(ROOFLINE_SHAPE, hardware, direction):
-            if not ALGORITHMS[run.algorithm].takes_any_mask:
-                continue
             flops = run.operations.matmul_flops
             rate = flops / time_bounds(work_of(run), hardware).seconds
             points.append((f"{run.algorithm} {direction}", flops / run.traffic.hbm_bytes, rate))
