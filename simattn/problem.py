@@ -110,6 +110,9 @@ class AttentionProblem:
     own_inputs: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays that its programs may be given besides q, k, v and dout."""
 
+    decode_cache: ClassVar[str | None] = None
+    """What k and v are in a decoding step, for print; None where they are those of all tokens, in their order."""
+
     def __post_init__(self) -> None:
         for name, default in (("kv_heads", self.heads), ("kv_len", self.q_len), ("value_dim", self.head_dim)):
             if getattr(self, name) is None:

@@ -199,6 +199,16 @@ def test_layer_json_has_the_numbers_of_the_call(run):
     assert (found["phase"], found["algorithm"], found["problem"]["kv_len"]) == ("decode", "flash2", (1 << 20) + 1)
 
 
+def test_layer_json_has_the_fields_of_the_problem(run):
+    given = ("--cache-length", "1M", "--algorithm", "split_kv", "--option", "splits=7", "--json")
+    found = json.loads(printed(run, "layer", "decode", *options(LAYER), *given))
+    expected = simattn.AttentionLayer(**LAYER).profile("decode", cache_length=1 << 20, algorithm="split_kv", splits=7)
+    assert found["parts"] == list(expected.rows())
+    given = ("--algorithm", "moba", "--option", "block_size=64", "--json")
+    found = json.loads(printed(run, "layer", "train", *options(LAYER), *options(LENGTHS), *given))
+    assert (found["algorithm"], found["problem"]["block_size"], found["problem"]["causal"]) == ("moba", 64, True)
+
+
 def test_layer_csv_has_the_rows_of_the_parts(run):
     rows = csv_rows(printed(run, "layer", "backward", *options(LAYER), *options(LENGTHS), "--csv"))
     expected = simattn.AttentionLayer(**LAYER).profile("backward", **LENGTHS).rows()
@@ -227,6 +237,21 @@ def test_layer_closed_form(run):
             ["--option", "dq=deterministic", "--option", "repeat_kv=true"],
             {},
             {"dq": "deterministic", "repeat_kv": True},
+        ),
+        (
+            ["--algorithm", "linear", "--option", "feature_map=relu", "--option", "normalised=false"],
+            {},
+            {"algorithm": "linear", "feature_map": "relu", "normalised": False},
+        ),
+        (
+            ["--algorithm", "dilated_window", "--window", "15,0", "--option", "dilation=2,3"],
+            {"window": (15, 0)},
+            {"algorithm": "dilated_window", "dilation": (2, 3)},
+        ),
+        (
+            ["--algorithm", "moba", "--option", "block_size=64", "--option", "top_k=3"],
+            {},
+            {"algorithm": "moba", "block_size": 64, "top_k": 3},
         ),
     ],
 )

@@ -6,6 +6,7 @@ import doctest
 import inspect
 import math
 import time
+from dataclasses import fields, replace
 
 import ml_dtypes
 import numpy as np
@@ -15,14 +16,24 @@ from hypothesis import strategies as st
 
 import simattn
 from simattn import AttentionLayer
-from simattn import layers as layers_module
 from simattn.algorithms import ALGORITHMS
 from simattn.layers import PHASES, LayerFlops
+from simattn.layers import layer as layer_module
+from simattn.layers.attention import GIVEN, algorithms_of
 from simattn.machine import CapacityError
 from simattn.matrix_products import ColumnSum, MatrixProduct, ProductTiles, Term
-from simattn.testing import assert_within_error_budget, plan_options, windows
+from simattn.problem import AttentionProblem
+from simattn.testing import (
+    assert_within_error_budget,
+    plan_options,
+    problems_of,
+    reference_attention,
+    tiles_for,
+    windows,
+)
 from simattn.traffic import COUNTERS
 
+# Those that the dense softmax below defines under any mask; of the others the registry has a definition.
 FORWARD = [name for name, spec in ALGORITHMS.items() if spec.takes_any_mask and "forward" in spec.directions]
 BOTH = [name for name in FORWARD if "backward" in ALGORITHMS[name].directions]
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -79,6 +90,84 @@ def layer_cases(draw, *, backward=False, **arguments):
         "tiles": draw(st.tuples(st.integers(1, 14), st.integers(1, 14))),
     }
     return layer, inputs, found, options
+
+
+def program_of(algorithm, phase):
+    """The direction of the program that is the attention, of training the backward one."""
+    return {"prefill": "forward", "decode": ALGORITHMS[algorithm].step_direction}.get(phase, "backward")
+
+
+def own_fields(problem):
+    shared = {item.name for item in fields(AttentionProblem)}
+    return {item.name: getattr(problem, item.name) for item in fields(problem) if item.name not in shared}
+
+
+def layer_of(problem, *, model_width, context_width=None, biases=False):
+    return AttentionLayer(
+        model_width=model_width,
+        heads=problem.heads,
+        kv_heads=problem.kv_heads,
+        head_dim=problem.head_dim,
+        value_dim=problem.value_dim,
+        dtype=problem.dtype,
+        causal=problem.causal,
+        window=problem.window,
+        context_width=context_width,
+        biases=biases,
+    )
+
+
+@st.composite
+def registered_cases(draw, phase, **arguments):
+    """Draw an algorithm's problem, a layer that it is the attention of, its sizes, and the arguments of a call."""
+    algorithm = draw(st.sampled_from(algorithms_of(phase)))
+    spec, program = ALGORITHMS[algorithm], program_of(algorithm, phase)
+    problem = draw(problems_of(spec, program, block_sparse=False, head_dims=(1, 3, 8), **arguments))
+    assume(set(problem.inputs(program)) <= GIVEN)
+    problem = replace(problem, scale=None)
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    numbers = {
+        name: generator.standard_normal(shape.user_shape(problem)) for name, shape in problem.inputs(program).items()
+    }
+    problem = problem.settled(numbers)  # a count knows of no numbers, by which queries would choose
+    earlier = problem.kv_len - problem.q_len
+    if phase == "decode":
+        crosses = draw(st.booleans()) and not (problem.causal or problem.window)
+        assume(crosses or earlier >= 0)
+    else:
+        crosses = earlier != 0 or draw(st.booleans())
+    layer = layer_of(
+        problem,
+        model_width=draw(st.integers(1, 12)),
+        context_width=draw(st.integers(1, 12)) if crosses else None,
+        biases=draw(st.booleans()),
+    )
+    found = {"batch": problem.batch, "length": problem.q_len}
+    if crosses:
+        found["context_length"] = problem.kv_len
+    elif phase == "decode":
+        found["cache_length"] = earlier
+    options = {
+        **draw(plan_options(spec)),
+        **own_fields(problem),
+        "algorithm": algorithm,
+        "projection_tiles": draw(tiles),
+        "tiles": draw(tiles_for(problem)),
+    }
+    return problem, layer, found, options, generator
+
+
+def inputs_of_phase(phase, layer, found, generator, dtype=None):
+    """Return the arguments of a run of a phase; the cache is random."""
+    lengths = {name: size for name, size in found.items() if name != "cache_length"}
+    inputs = inputs_of(layer, generator, **lengths, backward=phase == "backward", dtype=dtype)
+    if phase == "decode":
+        rows = inputs.pop("context").shape[1] if layer.is_cross_attention else found["cache_length"]
+        inputs["cache"] = [
+            generator.standard_normal((found["batch"], rows, layer.kv_heads, columns)).astype(STORED[layer.dtype])
+            for columns in (layer.head_dim, layer.value_dim)
+        ]
+    return inputs
 
 
 def inputs_of(layer, generator, *, batch=2, length=5, context_length=None, backward=False, dtype=None):
@@ -188,6 +277,30 @@ class Dense:
         return self.round(dx + dsource), None, found
 
 
+def defined_output(layer, algorithm, problem, x, weights, context=None, cache=None):
+    """Return y in float64, of the definition of an algorithm's problem between NumPy's products."""
+
+    def wide(array):
+        return np.asarray(array).astype(np.float64)
+
+    def projected(array, name, heads, columns):
+        product = wide(array) @ wide(weights[f"w_{name}"]) + wide(weights.get(f"b_{name}", 0))
+        return product.reshape(*product.shape[:2], heads, columns)
+
+    arrays = {"q": projected(x, "q", layer.heads, layer.head_dim)}
+    for index, (name, columns) in enumerate((("k", layer.head_dim), ("v", layer.value_dim))):
+        new = []
+        if cache is None or not layer.is_cross_attention:
+            new = [projected(x if context is None else context, name, layer.kv_heads, columns)]
+        arrays[name] = np.concatenate([*([] if cache is None else [wide(cache[index])]), *new], axis=1)
+    reference = ALGORITHMS[algorithm].reference
+    if reference is None:
+        out, _ = reference_attention(problem, **arrays)
+    else:
+        out = reference(problem, arrays)["out"]
+    return Dense.merged(out) @ wide(weights["w_o"]) + wide(weights.get("b_o", 0))
+
+
 def output_floor(layer, inputs, precision):
     """Return what roundings may cost y, to first order.
 
@@ -262,38 +375,34 @@ class TestParameters:
 
 
 class TestCounts:
-    @given(st.data())
-    def test_closed_form_is_the_count(self, data):
-        phase = data.draw(st.sampled_from(PHASES))
-        layer = data.draw(layers())
-        assume(not (phase == "decode" and layer.is_cross_attention and (layer.causal or layer.window)))
-        given_sizes = data.draw(sizes(layer, phase))
-        algorithm = data.draw(st.sampled_from(FORWARD if phase in ("prefill", "decode") else BOTH))
-        arguments = {
-            "algorithm": algorithm,
-            "projection_tiles": data.draw(tiles),
-            "tiles": data.draw(st.tuples(st.integers(1, 14), st.integers(1, 14))),
-            **data.draw(plan_options(ALGORITHMS[algorithm])),
-        }
-        run = layer.profile(phase, **given_sizes, **arguments)
-        assert layer.closed_form(phase, **given_sizes, **arguments) == run.traffic.global_only()
-        assert layer.traffic(phase, **given_sizes, **arguments) == run.traffic
+    @pytest.mark.parametrize("phase", PHASES)
+    @given(data=st.data())
+    def test_closed_form_is_the_count(self, phase, data):
+        problem, layer, found, options, _ = data.draw(registered_cases(phase))
+        run = layer.profile(phase, **found, **options)
+        assert run.problem == problem
+        assert layer.closed_form(phase, **found, **options) == run.traffic.global_only()
+        assert layer.traffic(phase, **found, **options) == run.traffic
         for counter in COUNTERS:
             assert getattr(run.traffic, counter) == sum(getattr(part.traffic, counter) for part in run.parts)
 
-    @given(layer_cases())
-    def test_a_run_charges_what_is_counted(self, case):
-        layer, inputs, found, options = case
-        run, profile = layer.run(**inputs, **options), layer.profile("prefill", **found, **options)
+    @pytest.mark.parametrize("phase", ["prefill", "decode"])
+    @given(data=st.data())
+    def test_a_run_charges_what_is_counted(self, phase, data):
+        _, layer, found, options, generator = data.draw(registered_cases(phase, max_len=12))
+        run = layer.run(**inputs_of_phase(phase, layer, found, generator), **options)
+        profile = layer.profile(phase, **found, **options)
+        assert run.phase == phase
         assert run.traffic == profile.traffic
         assert run.operations == profile.operations
         assert (run.peak_sram_bytes, run.peak_register_bytes) == (profile.peak_sram_bytes, profile.peak_register_bytes)
         assert repr(run) == repr(profile)
 
-    @given(layer_cases(backward=True))
+    @given(registered_cases("backward", max_len=12))
     def test_a_backward_run_charges_what_is_counted(self, case):
-        layer, inputs, found, options = case
-        run, profile = layer.run_backward(**inputs, **options), layer.profile("backward", **found, **options)
+        _, layer, found, options, generator = case
+        run = layer.run_backward(**inputs_of_phase("backward", layer, found, generator), **options)
+        profile = layer.profile("backward", **found, **options)
         assert run.traffic == profile.traffic
         assert run.operations == profile.operations
         train, prefill = (layer.profile(phase, **found, **options) for phase in ("train", "prefill"))
@@ -355,6 +464,20 @@ class TestCounts:
             assert arrays[f"d{name}"].hbm_read_bytes == 0
         assert arrays["dx"].hbm_write_bytes == 4 * rows * 100
         assert arrays["dcontext"].hbm_write_bytes == 4 * source * 40
+
+    @pytest.mark.parametrize("phase", PHASES)
+    @given(data=st.data())
+    def test_the_attention_of_every_algorithm_is_that_of_the_call(self, phase, data):
+        problem, layer, found, options, _ = data.draw(registered_cases(phase))
+        run = layer.profile(phase, **found, **options)
+        names = {"attention_out": "out", "dattention_out": "dout"}
+        for part in (part for part in run.parts if part.name.startswith("attention")):
+            shape = {item.name: getattr(problem, item.name) for item in fields(problem)}
+            plan = {name: value for name, value in options.items() if name not in ("algorithm", "projection_tiles")}
+            expected = simattn.count(options["algorithm"], **{**shape, **plan}, direction=part.direction)
+            traffic = {names.get(name, name): counters for name, counters in part.traffic.by_array.items()}
+            assert simattn.Traffic(traffic) == expected
+            assert part.direction in (program_of(options["algorithm"], phase), "forward")
 
     @pytest.mark.parametrize("phase", PHASES)
     def test_the_attention_is_that_of_the_call(self, phase):
@@ -487,6 +610,17 @@ class TestForward:
         floor = output_floor(layer, inputs, "float64")
         assert_within_error_budget(run.y, dense.y, dense.y, floor=floor, name="y")
 
+    @pytest.mark.parametrize("phase", ["prefill", "decode"])
+    @given(data=st.data())
+    def test_float64_is_the_definition_of_every_algorithm(self, phase, data):
+        problem, layer, found, options, generator = data.draw(registered_cases(phase, max_len=12))
+        inputs = inputs_of_phase(phase, layer, found, generator)
+        run = layer.run(**inputs, **options, arithmetic="float64")
+        expected = defined_output(layer, options["algorithm"], problem, **inputs)
+        assert run.y.shape == expected.shape
+        floor = 1e-10 * (1 + np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
+        assert_within_error_budget(run.y, expected, expected, floor=floor, name="y")
+
     @given(layer_cases())
     def test_float32_is_within_the_budget(self, case):
         layer, inputs, _, options = case
@@ -528,6 +662,7 @@ class TestForward:
     @settings(max_examples=40)
     @given(layers(cross=False, causal=True), st.integers(1, 2), st.integers(1, 8), st.sampled_from(FORWARD), st.data())
     def test_decoding_step_by_step_is_prefilling(self, layer, batch, length, algorithm, data):
+        of_steps = data.draw(st.sampled_from([algorithm, "split_kv"]))
         arithmetic = data.draw(st.sampled_from(["float64", "float32"]))
         inputs = inputs_of(layer, np.random.default_rng(data.draw(st.integers(0, 999))), batch=batch, length=length)
         whole = layer.run(**inputs, algorithm=algorithm, arithmetic=arithmetic)
@@ -537,7 +672,7 @@ class TestForward:
         outputs = [run.y]
         for token in range(start, length):
             step = {**inputs, "x": inputs["x"][:, token : token + 1]}
-            run = layer.run(**step, cache=run.cache, algorithm=algorithm, arithmetic=arithmetic)
+            run = layer.run(**step, cache=run.cache, algorithm=of_steps, arithmetic=arithmetic)
             assert run.phase == "decode"
             outputs.append(run.y)
         decoded, dense = np.concatenate(outputs, axis=1), Dense(layer, **inputs)
@@ -586,41 +721,71 @@ LAYERS = [
 ]
 
 
+def float64_inputs(layer, **lengths):
+    inputs = inputs_of(layer, np.random.default_rng(1), batch=2, **lengths, backward=True, dtype=np.float64)
+    inputs["weights"] = {name: array.astype(np.float64) for name, array in inputs["weights"].items()}
+    return inputs
+
+
+def assert_differences_are(run, inputs, loss):
+    """Compare the gradients with central differences of the loss in float64, for every element of every input.
+
+    With the step ∛ε, truncation is of the order of ε^⅔ times the third derivative, and rounding of ε^⅔ times the
+    loss; third derivatives of these layers are below 100.
+    """
+    step = np.finfo(np.float64).eps ** (1 / 3)
+    gradients = {"x": run.dx, "context": run.dcontext}
+    checked = [(inputs[name], gradients[name]) for name in ("x", "context") if name in inputs]
+    checked += [(array, run.dweights[name]) for name, array in inputs["weights"].items()]
+    assert set(run.dweights) == set(inputs["weights"])
+    bound = 100 * step**2 * max(1.0, abs(loss()))
+    for array, gradient in checked:
+        assert gradient.shape == array.shape
+        assert np.isfinite(gradient).all()
+        for index in np.ndindex(array.shape):
+            kept = array[index]
+            array[index] = kept + step
+            above = loss()
+            array[index] = kept - step
+            below = loss()
+            array[index] = kept
+            assert abs((above - below) / (2 * step) - gradient[index]) <= bound
+
+
+def differentiated_problems():
+    """Yield a few problems of every algorithm that has its own, small ones."""
+    plain = AttentionProblem(batch=2, heads=2, kv_heads=1, q_len=6, head_dim=2, value_dim=3, dtype="float32")
+    shape = {item.name: getattr(plain, item.name) for item in fields(plain)} | {"scale": None}
+    for algorithm in algorithms_of("backward"):
+        problem_class = ALGORITHMS[algorithm].problem_class
+        if problem_class is not AttentionProblem:
+            adapted = problem_class.adapted(shape, "backward")
+            examples = problem_class.example_arguments(AttentionProblem(**adapted), "backward")
+            problems = [problem_class(**adapted, **example) for example in examples]
+            problems = [problem for problem in problems if set(problem.inputs("backward")) <= GIVEN]
+            for problem in problems[:: max(1, len(problems) // 4)]:
+                yield pytest.param(algorithm, problem, id=f"{algorithm} {own_fields(problem)}")
+
+
 class TestBackward:
     @pytest.mark.parametrize("layer", LAYERS, ids=str)
     @pytest.mark.parametrize("algorithm", BOTH)
     def test_gradients_are_the_differences_of_the_loss(self, layer, algorithm):
-        """Central differences in float64 of Σ y ∘ dy, for every element of every input.
-
-        With the step ∛ε, truncation is of the order of ε^⅔ times the third derivative, and rounding of ε^⅔ times the
-        loss; third derivatives of these layers are below 100.
-        """
         lengths = {"length": 3} | ({"context_length": 4} if layer.is_cross_attention else {})
-        inputs = inputs_of(layer, np.random.default_rng(1), batch=2, **lengths, backward=True, dtype=np.float64)
-        inputs["weights"] = {name: array.astype(np.float64) for name, array in inputs["weights"].items()}
+        inputs = float64_inputs(layer, **lengths)
         dy = inputs.pop("dy")
         run = layer.run_backward(**inputs, dy=dy, algorithm=algorithm, arithmetic="float64")
-        step = np.finfo(np.float64).eps ** (1 / 3)
+        assert_differences_are(run, inputs, lambda: float((Dense(layer, **inputs).y * dy).sum()))
 
-        def loss():
-            return float((Dense(layer, **inputs).y * dy).sum())
-
-        gradients = {"x": run.dx, "context": run.dcontext}
-        checked = [(inputs[name], gradients[name]) for name in ("x", "context") if name in inputs]
-        checked += [(array, run.dweights[name]) for name, array in inputs["weights"].items()]
-        assert set(run.dweights) == set(layer.weight_shapes)
-        bound = 100 * step**2 * max(1.0, abs(loss()))
-        for array, gradient in checked:
-            assert gradient.shape == array.shape
-            assert np.isfinite(gradient).all()
-            for index in np.ndindex(array.shape):
-                kept = array[index]
-                array[index] = kept + step
-                above = loss()
-                array[index] = kept - step
-                below = loss()
-                array[index] = kept
-                assert abs((above - below) / (2 * step) - gradient[index]) <= bound
+    @pytest.mark.parametrize(("algorithm", "problem"), list(differentiated_problems()))
+    def test_gradients_are_the_differences_of_the_definition(self, algorithm, problem):
+        layer = layer_of(problem, model_width=4, biases=True)
+        inputs = float64_inputs(layer, length=problem.q_len)
+        dy = inputs.pop("dy")
+        run = layer.run_backward(**inputs, dy=dy, algorithm=algorithm, arithmetic="float64", **own_fields(problem))
+        assert_differences_are(
+            run, inputs, lambda: float((defined_output(layer, algorithm, problem, **inputs) * dy).sum())
+        )
 
     @settings(max_examples=60)
     @given(layer_cases(backward=True))
@@ -686,7 +851,7 @@ def test_the_repr_is_a_table_of_the_parts():
 
 
 def test_the_examples_of_the_docstrings_run():
-    results = doctest.testmod(layers_module)
+    results = doctest.testmod(layer_module)
     assert results.attempted > 0
     assert results.failed == 0
 
@@ -778,14 +943,14 @@ def test_layers_are_checked(changes, error, words):
             {},
             {"phase": "train", "algorithm": "small_cache"},
             ValueError,
-            "direction='backward' of small_cache: expected",
+            "algorithm='small_cache' with phase='train' of a layer: there is no program for a backward pass",
         ),
         ({}, {"plan": "best"}, ValueError, r"plan='best': expected one of \('paper', 'fit', 'gpu'\)"),
         ({}, {"hardware": "H900"}, ValueError, "hardware='H900'"),
         ({}, {"sram_bytes": 0}, ValueError, "sram_bytes=0: expected an integer of at least 1"),
         ({}, {"projection_tiles": 64}, TypeError, r"projection_tiles=64: expected \(rows, columns, depth\)"),
         ({}, {"projection_tiles": (64, 0, 8)}, ValueError, r"projection_tiles\.columns=0: expected an integer of at"),
-        ({}, {"tile": (4, 4)}, TypeError, r"tile=\(4, 4\): no argument of a layer and no plan option"),
+        ({}, {"tile": (4, 4)}, TypeError, r"tile=\(4, 4\): no argument of a layer and no field of a plan or prob"),
     ],
 )
 def test_counting_refuses(call, layer, arguments, error, words):
@@ -793,6 +958,97 @@ def test_counting_refuses(call, layer, arguments, error, words):
     rest = {"length": 4, **{name: value for name, value in arguments.items() if name != "phase"}}
     with pytest.raises(error, match=words):
         call(AttentionLayer(**SHAPE, **layer), given_phase, **rest)
+
+
+WINDOWED = {"window": (3, 0)}
+STEP = {"phase": "decode", "cache_length": 9}
+
+
+@pytest.mark.parametrize(
+    ("layer", "arguments", "error", "words"),
+    [
+        ({}, {"algorithm": "linear", **STEP}, ValueError, "decoding program takes a state and the new keys and values"),
+        ({}, {"algorithm": "lightning2", **STEP}, ValueError, "where a layer has the keys and values of all tokens in"),
+        (WINDOWED, {"algorithm": "sliding_window", **STEP}, ValueError, "a rolling cache, position p in slot p mod W"),
+        ({}, {"algorithm": "paged", **STEP}, ValueError, "its decoding program takes pools of pages"),
+        ({}, {"algorithm": "overlapped_window", **STEP}, ValueError, "there is no program for a decoding step, only"),
+        ({}, {"algorithm": "moba", "block_size": 4, **STEP}, ValueError, r"problem is given \['block_means'\] too"),
+        ({}, {"algorithm": "nsa"}, ValueError, r"the forward program of this problem is given \['gates', 'k_sel"),
+        ({}, {"algorithm": "split_kv"}, ValueError, r"no program for a forward pass, only \['decode'\]; expected"),
+        (
+            WINDOWED,
+            {"algorithm": "dilated_window", "global_tokens": 1, "global_projections": "own"},
+            ValueError,
+            r"is given \['k_global', 'q_global', 'v_global'\] too",
+        ),
+        (WINDOWED, {"algorithm": "dilated_window", "length": 2, **STEP}, ValueError, "q_len=2 with direction='decode'"),
+        (WINDOWED, {"algorithm": "linear"}, ValueError, r"window=\(3, 0\): expected None, a state forgets no key"),
+        ({}, {"algorithm": "sliding_window"}, ValueError, r"window=None: expected a pair \(left, right\)"),
+        (
+            WINDOWED,
+            {"algorithm": "sliding_window", "total_tokens": 4},
+            ValueError,
+            "q_len=4 with total_tokens=4: expected 1",
+        ),
+        ({}, {"algorithm": "overlapped_window"}, ValueError, "window_len=None: expected the number of tokens"),
+        ({}, {"algorithm": "linear", "feature_map": "gelu"}, ValueError, "feature_map='gelu': expected one of"),
+        ({}, {"algorithm": "linear", "scale": 2.0}, TypeError, r"scale=2\.0: no argument of a layer"),
+        (
+            {},
+            {"feature_map": "relu"},
+            TypeError,
+            "feature_map='relu': no argument of a layer and no field of a plan",
+        ),
+        (
+            {"context_width": 3},
+            {"algorithm": "moba", "context_length": 5},
+            ValueError,
+            "kv_len=5 in a forward pass: expected q_len=4",
+        ),
+    ],
+)
+def test_attention_that_a_layer_cannot_have_is_refused(layer, arguments, error, words):
+    given_phase = arguments.get("phase", "prefill")
+    rest = {"length": 1 if given_phase == "decode" else 4}
+    rest |= {name: value for name, value in arguments.items() if name != "phase"}
+    for call in (AttentionLayer.profile, AttentionLayer.closed_form):
+        with pytest.raises(error, match=words):
+            call(AttentionLayer(**SHAPE, **layer), given_phase, **rest)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_is_counted_or_refused_by_name(algorithm, phase):
+    program, length = program_of(algorithm, phase), 1 << 20
+    usual = dict(ALGORITHMS[algorithm].problem_class.usual_arguments(program or "forward", length))
+    layer = AttentionLayer(**SHAPE, window=usual.get("window"))
+    sizes_of = {"cache_length": length - 1} if phase == "decode" else {"length": length}
+    own = {name: value for name, value in usual.items() if name not in ("q_len", "kv_len", "window")}
+    if algorithm in algorithms_of(phase):
+        assert layer.profile(phase, **sizes_of, algorithm=algorithm, **own).algorithm == algorithm
+    else:
+        with pytest.raises(ValueError, match=rf"algorithm='{algorithm}' with phase='{phase}' of a layer: .*expected"):
+            layer.profile(phase, **sizes_of, algorithm=algorithm, **own)
+
+
+@pytest.mark.parametrize("options", [{"full_attention": True}, {"top_k": 1, "block_size": 4}, {"block_size": 16}])
+def test_moba_decodes_where_it_chooses_no_blocks(options):
+    layer = AttentionLayer(**SHAPE)
+    run = layer.profile("decode", cache_length=9, algorithm="moba", **options)
+    (part,) = (part for part in run.parts if part.name == "attention")
+    assert part.direction == "decode"
+    counted = simattn.count("moba", heads=2, head_dim=4, q_len=1, kv_len=10, direction="decode", **options)
+    assert part.traffic.hbm_bytes == counted.hbm_bytes
+
+
+def test_a_run_refuses_what_a_count_refuses():
+    cache = (np.ones((2, 5, 2, 4), np.float32),) * 2
+    layer = AttentionLayer(**SHAPE, dtype="float32", window=(3, 0))
+    inputs = inputs_of(layer, np.random.default_rng(0), length=1)
+    with pytest.raises(ValueError, match="algorithm='sliding_window' with phase='decode' of a layer: its decoding pro"):
+        layer.run(**inputs, cache=cache, algorithm="sliding_window")
+    with pytest.raises(ValueError, match="algorithm='small_cache' with phase='backward' of a layer: there is no progr"):
+        layer.run_backward(**inputs, dy=inputs["x"], algorithm="small_cache")
 
 
 @pytest.mark.parametrize(
@@ -923,23 +1179,13 @@ def test_running_backward_refuses(dy, error, words):
         SELF.run_backward(**run_inputs(SELF), dy=dy)
 
 
-def test_running_backward_refuses_an_algorithm_without_a_backward_pass():
-    inputs = run_inputs(SELF)
-    with pytest.raises(ValueError, match="direction='backward' of small_cache: expected one of"):
-        SELF.run_backward(**inputs, dy=inputs["x"], algorithm="small_cache")
-
-
-@pytest.mark.parametrize("algorithm", [name for name, spec in ALGORITHMS.items() if not spec.takes_any_mask])
-def test_algorithms_without_a_softmax_are_refused(algorithm):
-    with pytest.raises(ValueError, match=rf"algorithm='{algorithm}': expected attention with a softmax"):
-        AttentionLayer(model_width=8, heads=2, head_dim=4).profile("prefill", length=4, algorithm=algorithm)
-
-
 @pytest.mark.parametrize(
     "options", [{"scale": 7.0}, {"q_len": 5}, {"block_mask": None}, {"causal": True}, {"dq_": "reduce"}], ids=str
 )
 def test_options_that_are_no_plans_are_named(options):
     (name,) = options
     layer = AttentionLayer(model_width=8, heads=2, head_dim=4)
-    with pytest.raises(TypeError, match=rf"{name}=.*: no argument of a layer and no plan option of flash2; options: "):
+    with pytest.raises(
+        TypeError, match=rf"{name}=.*: no argument of a layer and no field of a plan or problem of flash2"
+    ):
         layer.profile("prefill", length=4, **options)

@@ -143,6 +143,7 @@ class RecurrentProblem(AttentionProblem):
         return changed
 
     own_inputs: ClassVar[tuple[str, ...]] = ("state", "state_sum")
+    decode_cache: ClassVar[str | None] = "a state and the new keys and values"
 
     def check_direction(self, direction: Direction) -> None:
         """Raise a ValueError if there are other keys than the direction takes."""

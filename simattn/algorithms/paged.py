@@ -54,6 +54,7 @@ class PagedProblem(DecodeProblem):
 
     is_causal: ClassVar[bool] = True
     own_inputs: ClassVar[tuple[str, ...]] = ("block_table",)
+    decode_cache: ClassVar[str | None] = "pools of pages"
 
     def __post_init__(self) -> None:
         batch = checked_integer("batch", self.batch, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -50,6 +50,8 @@ class SlidingWindowProblem(WindowProblem):
     """
 
     total_tokens: int | None = None
+
+    decode_cache: ClassVar[str | None] = "a rolling cache, position p in slot p mod W"
 
     def __post_init__(self) -> None:
         left, _ = checked_sides(self.window)
