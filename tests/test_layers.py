@@ -1033,12 +1033,19 @@ def test_every_algorithm_is_counted_or_refused_by_name(algorithm, phase):
 
 @pytest.mark.parametrize("options", [{"full_attention": True}, {"top_k": 1, "block_size": 4}, {"block_size": 16}])
 def test_moba_decodes_where_it_chooses_no_blocks(options):
-    layer = AttentionLayer(**SHAPE)
-    run = layer.profile("decode", cache_length=9, algorithm="moba", **options)
+    layer = AttentionLayer(**SHAPE, dtype="float32", causal=True)
+    found, generator = {"batch": 2, "length": 1, "cache_length": 9}, np.random.default_rng(0)
+    inputs = inputs_of_phase("decode", layer, found, generator)
+    run = layer.run(**inputs, algorithm="moba", arithmetic="float64", **options)
+    assert run.traffic == layer.traffic("decode", **found, algorithm="moba", **options)
     (part,) = (part for part in run.parts if part.name == "attention")
     assert part.direction == "decode"
-    counted = simattn.count("moba", heads=2, head_dim=4, q_len=1, kv_len=10, direction="decode", **options)
+    counted = simattn.count(
+        "moba", batch=2, heads=2, head_dim=4, q_len=1, kv_len=10, dtype="float32", direction="decode", **options
+    )
     assert part.traffic.hbm_bytes == counted.hbm_bytes
+    expected = defined_output(layer, "moba", run.problem, **inputs)
+    np.testing.assert_allclose(run.y, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_run_refuses_what_a_count_refuses():

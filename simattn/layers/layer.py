@@ -223,7 +223,8 @@ class AttentionLayer:
         algorithm
             A name in :data:`simattn.ALGORITHMS` of a program that is given q, k and v alone, and backward the output's
             gradient. In decoding it is the algorithm's program for that where there is one, which has to take keys and
-            values of all tokens in their order, and else its forward program.
+            values of all tokens in their order, and else its forward program. lightning2 and moba are causal in any
+            layer.
         plan
             Kind of the attention's plans: "gpu", "fit" or "paper"; see :func:`simattn.profile`.
         hardware
