@@ -441,6 +441,11 @@ def values_of(hint: Any) -> Iterator[str]:
         yield {int: "a positive integer"}.get(hint, f"`{hint.__name__}`")
 
 
+def markdown(text: str) -> str:
+    """Return a docstring's text with its roles and literals as Markdown has them."""
+    return re.sub(r":(\w+):(`[^`]+`)", r"{py:\1}\2", text).replace("``", "`")
+
+
 def field_meanings(kind: type) -> Iterator[tuple[str, str]]:
     """Yield each field's description in the docstrings of the class and its bases."""
     for base in reversed(kind.__mro__):
@@ -452,7 +457,7 @@ def field_meanings(kind: type) -> Iterator[tuple[str, str]]:
             if line.startswith(" "):
                 meaning.append(line.strip())
             elif line:
-                yield from ((name, " ".join(meaning).replace("``", "`")) for name in names)
+                yield from ((name, markdown(" ".join(meaning))) for name in names)
                 names, meaning = line.split(", "), []
 
 

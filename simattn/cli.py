@@ -426,7 +426,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_problem(count, axes=False)
     _add_closed_form(count)
     _add_formats(count)
-    layer = add("layer", _layer, "count the bytes that a whole attention layer moves, with its projections", algorithms)
+    in_layers = ", ".join(name for name, spec in ALGORITHMS.items() if spec.takes_any_mask)
+    layer = add(
+        "layer",
+        _layer,
+        "count the bytes that a whole attention layer moves, with its projections",
+        f"Algorithms: {in_layers}. {_NUMBERS}",
+    )
     layer.add_argument("phase", metavar="PHASE", help="prefill, decode, backward (without its forward) or train")
     _add_layer(layer)
     _add_closed_form(layer)
@@ -623,8 +629,9 @@ def _draw_comparison(compared: Comparison, phases: Sequence[Phase], path: str) -
     with _wrong_arguments():
         if not shown:
             raise ValueError(f"--plot {path}: expected an algorithm that was counted, there is none")
-        figure = Figure(figsize=(9.0, 3.6 * len(shown)), layout="constrained")
-        grid = figure.subplots(len(shown), 3, sharey="row", squeeze=False)
+        heights = [1.4 + 0.34 * sum(row.refusal is None for row in compared.of_phase(phase)) for phase in shown]
+        figure = Figure(figsize=(9.0, sum(heights)), layout="constrained")
+        grid = figure.subplots(len(shown), 3, sharey="row", squeeze=False, height_ratios=heights)
         for phase, axes in zip(shown, grid, strict=True):
             axes[1].set_title(phase)
             plots.comparison(compared, phase, axes=list(axes))

@@ -846,7 +846,7 @@ class _Plans:
         spec = get_algorithm(algorithm)
         if not spec.takes_any_mask:
             known = [name for name, item in ALGORITHMS.items() if item.takes_any_mask]
-            raise ValueError(f"algorithm={algorithm!r}: expected attention with a softmax in a layer, one of {known}")
+            raise ValueError(f"algorithm={algorithm!r}: expected attention under any mask in a layer, one of {known}")
         for name, value in options.items():
             if name not in spec.own_arguments:
                 raise TypeError(

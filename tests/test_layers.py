@@ -931,7 +931,7 @@ def test_running_backward_refuses_an_algorithm_without_a_backward_pass():
 
 @pytest.mark.parametrize("algorithm", [name for name, spec in ALGORITHMS.items() if not spec.takes_any_mask])
 def test_algorithms_without_a_softmax_are_refused(algorithm):
-    with pytest.raises(ValueError, match=rf"algorithm='{algorithm}': expected attention with a softmax"):
+    with pytest.raises(ValueError, match=rf"algorithm='{algorithm}': expected attention under any mask"):
         AttentionLayer(model_width=8, heads=2, head_dim=4).profile("prefill", length=4, algorithm=algorithm)
 
 

@@ -30,9 +30,9 @@ def _already_complete(problem: AttentionProblem, plan: PlanT, sram_bytes: int) -
     return plan
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Algorithm:
-    """One algorithm: its tiled programs, closed forms and plans.
+    """One algorithm: its tiled programs, closed forms and plans. Its repr has the name, title, directions and source.
 
     Attributes
     ----------
@@ -88,6 +88,9 @@ class Algorithm:
     declare_saved: Callable[[Machine, Any, Any], None] = declare_output_and_lse
     plan_defaults: Callable[[AttentionProblem, Direction, PlanKind, Hardware], dict[str, Any]] = _no_defaults
     complete_plan: Callable[[AttentionProblem, Any, int], Any] = _already_complete
+
+    def __repr__(self) -> str:
+        return f"<Algorithm {self.name}: {self.title}; {', '.join(self.directions)}; {self.source}>"
 
     @property
     def takes_any_mask(self) -> bool:

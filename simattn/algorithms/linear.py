@@ -60,6 +60,10 @@ class FeatureMap:
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected a function of an array")
         object.__setattr__(self, "exponentials", checked_integer("exponentials", self.exponentials, 0))
 
+    def fingerprint(self) -> str:
+        """Return all of it that a count depends on, for sweeps."""
+        return f"{self.name} {self.exponentials}"
+
     def of(self, x: Values) -> Values:
         """Return what an array is mapped to.
 
