@@ -120,8 +120,9 @@ class Comparison:
         )
         window = "" if shape.window is None else f", window {shape.window}"
         title = (
-            f"{shape.name}: {shape.layers} layers, {shape.heads} query heads on {shape.kv_heads} KV heads of {columns} "
-            f"columns in {shape.dtype}{window}; {self.batch} × {self.length:,} tokens; {self.hardware}"
+            f"{shape.name}: {_several(shape.layers, 'layer')}, {_several(shape.heads, 'query head')} on "
+            f"{_several(shape.kv_heads, 'KV head')} of {columns} columns in {shape.dtype}{window}; "
+            f"{self.batch} × {self.length:,} tokens; {self.hardware}"
         )
         heads = ["algorithm", "bytes", "× once", "matmul FLOPs", "exponentials", "least time", "limited by"]
         parts = [title]
@@ -145,6 +146,10 @@ def usual_text(algorithms: Iterable[str], length: int, window: Window | None = N
         if own:
             parts.append(f"{name} {', '.join(own)}")
     return "; ".join(parts)
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _cells(row: ComparisonRow) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from simattn.hardware import Hardware
 from simattn.machine import Machine
@@ -14,6 +14,7 @@ from simattn.traffic import Traffic
 
 Program = Callable[[Machine, Any, Any], None]
 ClosedForm = Callable[[Any, Any], Traffic]
+Family = Literal["dense", "state", "windows", "sparse", "decoding"]
 
 
 def declare_output_and_lse(machine: Machine, problem: AttentionProblem, plan: Plan) -> None:
@@ -42,6 +43,9 @@ class Algorithm:
         Paper and place of the definition.
     summary
         One sentence.
+    family
+        Where tables put it: "dense", attention to all keys under any mask; "state", without a softmax and with a state
+        in place of the keys; "windows"; "sparse", blocks of keys that queries choose; "decoding", decoding steps alone.
     plan_class
         Its plan type.
     problem_class
@@ -75,6 +79,7 @@ class Algorithm:
     title: str
     source: str
     summary: str
+    family: Family = "dense"
     plan_class: type[Plan]
     problem_class: type[AttentionProblem] = AttentionProblem
     reference: Callable[..., dict[str, Any]] | None = None

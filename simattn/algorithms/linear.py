@@ -223,7 +223,7 @@ class LinearProblem(RecurrentProblem):
     Attributes
     ----------
     feature_map
-        A name of ``FEATURE_MAPS``, or a :class:`FeatureMap` of your own.
+        A name of ``FEATURE_MAPS``, or a :class:`~simattn.algorithms.linear.FeatureMap` of your own.
     normalised
         Whether outputs are divided by the sum of their weights, φ(q)ᵀ Σ φ(k).
     """
@@ -770,6 +770,7 @@ ALGORITHM = Algorithm(
     title="Linear attention",
     source="Katharopoulos et al. 2020, arXiv 2006.16236, Sections 3.2 to 3.4",
     summary="A state of head_dim × value_dim stands for all keys and values before; no softmax.",
+    family="state",
     plan_class=LinearPlan,
     problem_class=LinearProblem,
     reference=reference,
