@@ -341,7 +341,7 @@ _SHAPE = (
 def _add_kv_cache(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the KV cache's simulation."""
     shape = parser.add_argument_group("model; each size replaces the model's")
-    shape.add_argument("--model", default="OPT-13B", help="LLaMA-13B, OPT-13B or Llama-2-70B (default: %(default)s)")
+    shape.add_argument("--model", metavar="NAME", default="OPT-13B", help="a published shape (default: %(default)s)")
     _add_each(shape, _SHAPE)
     shape.add_argument("--max-tokens", type=_integer, metavar="COUNT", help="longest sequence (default: 2048)")
     pool = parser.add_argument_group("pool and allocators")
@@ -459,7 +459,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_comparison(compare)
     _add_formats(compare)
-    kv_cache = add("kv-cache", _kv_cache, "serve requests from a KV cache, and print how much of it is used", _NUMBERS)
+    kv_cache = add(
+        "kv-cache",
+        _kv_cache,
+        "serve requests from a KV cache, and print how much of it is used",
+        f"Models: {', '.join(MODELS)}. {_NUMBERS}",
+    )
     _add_kv_cache(kv_cache)
     _add_formats(kv_cache)
     hardware = add("hardware", _hardware, "print every figure of every GPU with its source")
@@ -635,7 +640,10 @@ def _draw_comparison(compared: Comparison, phases: Sequence[Phase], path: str) -
         for phase, axes in zip(shown, grid, strict=True):
             axes[1].set_title(phase)
             plots.comparison(compared, phase, axes=list(axes))
-        figure.savefig(path, dpi=150)
+        try:
+            figure.savefig(path, dpi=150)
+        except ValueError as error:  # an ending that names no format
+            raise ValueError(f"--plot {path}: {error}") from None
 
 
 def _kv_cache(arguments: argparse.Namespace) -> int:

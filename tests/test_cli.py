@@ -562,6 +562,13 @@ def test_help_is_printed(run, command):
         assert listed & {*simattn.ALGORITHMS} == (in_layers if command == ["layer"] else {*simattn.ALGORITHMS})
 
 
+@pytest.mark.parametrize("command", ["compare", "kv-cache"])
+def test_help_lists_the_models(run, command):
+    out = printed(run, command, "--help")
+    listed = {word.strip(",.") for word in out[out.index("Models: ") :].split()}
+    assert {*simattn.MODELS} <= listed
+
+
 def test_version_is_printed(run):
     assert printed(run, "--version").startswith("simattn 0.")
 

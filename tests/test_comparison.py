@@ -217,6 +217,7 @@ class TestCommand:
             (["--seq", "1k", "--heads", "2", "--phase", "train"], "phases='train': expected one of"),
             (["--seq", "1k", "--heads", "2", "--phase", "prefill", "--algorithm", "paged", "--plot", "x.png"],
              "expected an algorithm that was counted"),
+            (["--seq", "1k", "--heads", "2", "--algorithm", "flash2", "--plot", "x.nothing"], "--plot x.nothing: "),
         ],
         ids=str,
     )  # fmt: skip
