@@ -121,7 +121,7 @@ class Comparison:
         window = "" if shape.window is None else f", window {shape.window}"
         title = (
             f"{shape.name}: {_several(shape.layers, 'layer')}, {_several(shape.heads, 'query head')} on "
-            f"{_several(shape.kv_heads, 'KV head')} of {columns} columns in {shape.dtype}{window}; "
+            f"{_several(shape.heads // shape.group_size, 'KV head')} of {columns} columns in {shape.dtype}{window}; "
             f"{self.batch} × {self.length:,} tokens; {self.hardware}"
         )
         heads = ["algorithm", "bytes", "× once", "matmul FLOPs", "exponentials", "least time", "limited by"]
