@@ -24,7 +24,10 @@ nitpick_ignore_regex = [
     # Classes of other projects, whose inventories would need the network, and aliases inside annotations.
     (r"py:.*", r"(cupy|numpy|np|npt|matplotlib|concurrent|collections|hypothesis|st|os|pathlib)\..*"),
     (r"py:.*", r"(Any|Axes|Callable|Executor|Iterable|Iterator|Mapping|Path|Sequence|NoneType)"),
-    (r"py:.*", r"(simattn\.\w+\.)?(ClosedForm|Direction|Heads|InputKind|Inputs|OnError|PlanKind|Place|PlanT)"),
+    (
+        r"py:.*",
+        r"(simattn\.\w+\.)?(ClosedForm|Direction|Family|Heads|InputKind|Inputs|OnError|PlanKind|Phase|Place|PlanT)",
+    ),
     (r"py:.*", r"(simattn\.\w+\.)?(Program|R|Role|Row|Runs|Values|Window)"),
 ]
 show_warning_types = True

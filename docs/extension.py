@@ -25,6 +25,7 @@ from sphinx.application import Sphinx
 from sphinx.directives.other import TocTree
 
 import simattn
+from simattn.algorithms.algorithm import Algorithm
 from simattn.hardware import HARDWARE
 from simattn.hardware import table as hardware_table
 from simattn.plan import Plan
@@ -72,19 +73,48 @@ class MarkdownDirective(Directive):
         return parent.children
 
 
-class AlgorithmTable(MarkdownDirective):
-    """The registry as a table, its names linked to their pages."""
+FAMILIES = {
+    "dense": "Attention to all keys, under any mask",
+    "state": "A state in place of the keys, no softmax",
+    "windows": "Keys around the query",
+    "sparse": "Blocks of keys that queries choose",
+    "decoding": "Decoding steps alone",
+}
 
-    optional_arguments = 1
+
+def family_members(family: str) -> dict[str, Algorithm]:
+    """Return the algorithms of a family, by name."""
+    return {name: spec for name, spec in simattn.ALGORITHMS.items() if spec.family == family}
+
+
+class AlgorithmFamilies(MarkdownDirective):
+    """The registry as a list of families, its titles linked to pages in the folder that is the argument."""
+
+    required_arguments = 1
+
+    def lines(self) -> list[str]:
+        """Return one item per family."""
+        folder = self.arguments[0]
+        return [
+            f"- {title}: " + ", ".join(f"[{spec.title}]({folder}/{name}.md)" for name, spec in found.items())
+            for family, title in FAMILIES.items()
+            if (found := family_members(family))
+        ]
+
+
+class AlgorithmTable(MarkdownDirective):
+    """The registry as a table for each family, its names linked to their pages."""
 
     def lines(self) -> list[str]:
         """Return one row per algorithm."""
-        folder = self.arguments[0] if self.arguments else ""
-        rows = [
-            [f"[`{name}`]({folder}{name}.md)", spec.title, ", ".join(spec.directions), spec.summary]
-            for name, spec in simattn.ALGORITHMS.items()
-        ]
-        return markdown_table(["name", "title", "directions", "what it does"], rows)
+        lines: list[str] = []
+        for family, title in FAMILIES.items():
+            rows = [
+                [f"[`{name}`]({name}.md)", spec.title, ", ".join(spec.directions), spec.summary]
+                for name, spec in family_members(family).items()
+            ]
+            lines += [f"**{title}**", "", *markdown_table(["name", "title", "directions", "what it does"], rows), ""]
+        return lines
 
 
 def measurement(name: str) -> dict[str, Any]:
@@ -441,6 +471,11 @@ def values_of(hint: Any) -> Iterator[str]:
         yield {int: "a positive integer"}.get(hint, f"`{hint.__name__}`")
 
 
+def markdown(text: str) -> str:
+    """Return a docstring's text with its roles and literals as Markdown has them."""
+    return re.sub(r":(\w+):(`[^`]+`)", r"{py:\1}\2", text).replace("``", "`")
+
+
 def field_meanings(kind: type) -> Iterator[tuple[str, str]]:
     """Yield each field's description in the docstrings of the class and its bases."""
     for base in reversed(kind.__mro__):
@@ -452,7 +487,7 @@ def field_meanings(kind: type) -> Iterator[tuple[str, str]]:
             if line.startswith(" "):
                 meaning.append(line.strip())
             elif line:
-                yield from ((name, " ".join(meaning).replace("``", "`")) for name in names)
+                yield from ((name, markdown(" ".join(meaning))) for name in names)
                 names, meaning = line.split(", "), []
 
 
@@ -518,6 +553,7 @@ def plain(text: str) -> str:
 
 
 DIRECTIVES: Mapping[str, type[Directive]] = {
+    "algorithm-families": AlgorithmFamilies,
     "algorithm-table": AlgorithmTable,
     "kernel-bits": KernelBits,
     "kernel-host": KernelHost,

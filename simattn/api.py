@@ -1,4 +1,4 @@
-"""The calls: run, run_backward, count, profile, closed_form, default_plan."""
+"""The calls: run, run_backward, run_decode, count, profile, closed_form, default_plan."""
 
 from __future__ import annotations
 
@@ -175,7 +175,9 @@ def checked_algorithm(algorithm: str, direction: Direction, problem: AttentionPr
     """
     spec = get_algorithm(algorithm)
     if direction not in spec.programs:
-        raise ValueError(f"direction={direction!r} of {algorithm}: expected one of {spec.directions}")
+        steps_forward = direction == "decode" and spec.step_direction == "forward"
+        hint = "; its decoding step is the forward pass of few queries" if steps_forward else ""
+        raise ValueError(f"direction={direction!r} of {algorithm}: expected one of {spec.directions}{hint}")
     problem.check_direction(direction)
     if direction == "backward" and problem.is_float8:
         raise ValueError(
@@ -228,7 +230,8 @@ def profile(algorithm: str, **arguments: Any) -> Run:
     sram_bytes
         SRAM of one thread block in place of the GPU's; the papers' M, in bytes.
     **options
-        Fields of the algorithm's plan, such as ``tiles=(64, 128)`` or ``dq="deterministic"``.
+        Fields of the algorithm's plan, such as ``tiles=(64, 128)`` or ``dq="deterministic"``, and of its problems, such
+        as ``page_size=16``.
 
     Returns
     -------
@@ -251,7 +254,7 @@ def profile(algorithm: str, **arguments: Any) -> Run:
 def count(algorithm: str, **arguments: Any) -> Traffic:
     """Count the bytes a program moves; the arguments are those of :func:`profile`.
 
-    The cost does not depend on the sequence lengths; with a block mask it is linear in the stored blocks.
+    The cost does not depend on the sequence lengths; with a block mask or a selection it is linear in what these store.
 
     Examples
     --------
@@ -385,12 +388,22 @@ def run_decode(
     Returns
     -------
     Run
-        With ``out``, and in ``results`` whatever states the step changed.
+        With ``out``, ``lse`` where there is a softmax, and in ``results`` whatever states the step changed.
 
     Raises
     ------
     ValueError, TypeError
-        If an argument is unknown or out of range; the message names it, its value and what was expected.
+        If an argument is unknown or out of range; the message names it, its value and what was expected. Algorithms
+        without a decoding step of their own are among them: :func:`run` takes few queries too.
+
+    Examples
+    --------
+    >>> generator = np.random.default_rng(0)
+    >>> q = generator.standard_normal((2, 1, 8, 64), dtype=np.float32)
+    >>> k, v = generator.standard_normal((2, 2, 300, 2, 64), dtype=np.float32)
+    >>> step = run_decode("split_kv", q, k, v, splits=4)
+    >>> step.out.shape, step.lse.shape
+    ((2, 1, 8, 64), (2, 8, 1))
     """
     inputs, options = Inputs.checked(algorithm, {"q": q, "k": k, "v": v}, options)
     return run_inputs(

@@ -341,7 +341,7 @@ _SHAPE = (
 def _add_kv_cache(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the KV cache's simulation."""
     shape = parser.add_argument_group("model; each size replaces the model's")
-    shape.add_argument("--model", default="OPT-13B", help="LLaMA-13B, OPT-13B or Llama-2-70B (default: %(default)s)")
+    shape.add_argument("--model", metavar="NAME", default="OPT-13B", help="a published shape (default: %(default)s)")
     _add_each(shape, _SHAPE)
     shape.add_argument("--max-tokens", type=_integer, metavar="COUNT", help="longest sequence (default: 2048)")
     pool = parser.add_argument_group("pool and allocators")
@@ -426,7 +426,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_problem(count, axes=False)
     _add_closed_form(count)
     _add_formats(count)
-    layer = add("layer", _layer, "count the bytes that a whole attention layer moves, with its projections", algorithms)
+    in_layers = ", ".join(name for name, spec in ALGORITHMS.items() if spec.takes_any_mask)
+    layer = add(
+        "layer",
+        _layer,
+        "count the bytes that a whole attention layer moves, with its projections",
+        f"Algorithms: {in_layers}. {_NUMBERS}",
+    )
     layer.add_argument("phase", metavar="PHASE", help="prefill, decode, backward (without its forward) or train")
     _add_layer(layer)
     _add_closed_form(layer)
@@ -453,7 +459,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_comparison(compare)
     _add_formats(compare)
-    kv_cache = add("kv-cache", _kv_cache, "serve requests from a KV cache, and print how much of it is used", _NUMBERS)
+    kv_cache = add(
+        "kv-cache",
+        _kv_cache,
+        "serve requests from a KV cache, and print how much of it is used",
+        f"Models: {', '.join(MODELS)}. {_NUMBERS}",
+    )
     _add_kv_cache(kv_cache)
     _add_formats(kv_cache)
     hardware = add("hardware", _hardware, "print every figure of every GPU with its source")
@@ -623,12 +634,16 @@ def _draw_comparison(compared: Comparison, phases: Sequence[Phase], path: str) -
     with _wrong_arguments():
         if not shown:
             raise ValueError(f"--plot {path}: expected an algorithm that was counted, there is none")
-        figure = Figure(figsize=(9.0, 3.6 * len(shown)), layout="constrained")
-        grid = figure.subplots(len(shown), 3, sharey="row", squeeze=False)
+        heights = [1.4 + 0.34 * sum(row.refusal is None for row in compared.of_phase(phase)) for phase in shown]
+        figure = Figure(figsize=(9.0, sum(heights)), layout="constrained")
+        grid = figure.subplots(len(shown), 3, sharey="row", squeeze=False, height_ratios=heights)
         for phase, axes in zip(shown, grid, strict=True):
             axes[1].set_title(phase)
             plots.comparison(compared, phase, axes=list(axes))
-        figure.savefig(path, dpi=150)
+        try:
+            figure.savefig(path, dpi=150)
+        except ValueError as error:  # an ending that names no format
+            raise ValueError(f"--plot {path}: {error}") from None
 
 
 def _kv_cache(arguments: argparse.Namespace) -> int:

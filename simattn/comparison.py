@@ -19,7 +19,7 @@ from simattn.hardware import Hardware, get_hardware
 from simattn.models import MODELS, ModelShape
 from simattn.plan import check_choice
 from simattn.planning import DEFAULT_HARDWARE
-from simattn.problem import Direction, checked_integer
+from simattn.problem import Direction, Window, checked_integer
 from simattn.roofline import time_bounds, work_of
 from simattn.tables import byte_text, second_text, text_table
 
@@ -67,6 +67,8 @@ class ComparisonRow:
 @dataclass(frozen=True, repr=False)
 class Comparison:
     """What :func:`simattn.compare` returns. Its repr has a table for each phase, the least time first.
+
+    Below stand the arguments that are usual for algorithms and not the model's, such as the size of their windows.
 
     Attributes
     ----------
@@ -118,8 +120,9 @@ class Comparison:
         )
         window = "" if shape.window is None else f", window {shape.window}"
         title = (
-            f"{shape.name}: {shape.layers} layers, {shape.heads} query heads on {shape.kv_heads} KV heads of {columns} "
-            f"columns in {shape.dtype}{window}; {self.batch} × {self.length:,} tokens; {self.hardware}"
+            f"{shape.name}: {_several(shape.layers, 'layer')}, {_several(shape.heads, 'query head')} on "
+            f"{_several(shape.heads // shape.group_size, 'KV head')} of {columns} columns in {shape.dtype}{window}; "
+            f"{self.batch} × {self.length:,} tokens; {self.hardware}"
         )
         heads = ["algorithm", "bytes", "× once", "matmul FLOPs", "exponentials", "least time", "limited by"]
         parts = [title]
@@ -127,7 +130,26 @@ class Comparison:
             body = [_cells(row) for row in self.of_phase(phase) if row.refusal is None]
             refused = [f"{row.label}: {row.refusal}" for row in self.of_phase(phase) if row.refusal is not None]
             parts.append("\n".join(["", phase, text_table(heads, body), *refused]))
+        if usual := usual_text(dict.fromkeys(row.algorithm for row in self.rows), self.length, shape.window):
+            parts.append(f"\nUsual arguments: {usual}")
         return "\n".join(parts)
+
+
+def usual_text(algorithms: Iterable[str], length: int, window: Window | None = None) -> str:
+    """Return the arguments besides sizes that are usual for algorithms, without a window that all are given."""
+    parts = []
+    for name in algorithms:
+        usual = get_algorithm(name).problem_class.usual_arguments("forward", length, window)
+        own = [
+            f"{key}={value}" for key, value in usual.items() if key != "q_len" and (key, value) != ("window", window)
+        ]
+        if own:
+            parts.append(f"{name} {', '.join(own)}")
+    return "; ".join(parts)
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _cells(row: ComparisonRow) -> list[str]:

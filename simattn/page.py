@@ -16,6 +16,7 @@ from simattn.report import (
     DIRECTIONS,
     SHAPES,
     TIMED_SHAPES,
+    USUAL,
     cells,
     figure_text,
     memory_cell,
@@ -40,6 +41,12 @@ DARK_COLOURS = {
     "#d55e00": "#ff7a45",
     "#8e4585": "#b768ae",
     "#7f6000": "#b08d2e",
+    "#7b2fbe": "#b07ae6",
+    "#c51b3a": "#ef4a68",
+    "#5a4500": "#a08540",
+    "#98107f": "#d04fb8",
+    "#3355ff": "#8095ff",
+    "#14245c": "#56699f",
 }
 """Colours that do not read on a dark page, and what replaces them."""
 
@@ -153,6 +160,7 @@ def _traffic(report: Report) -> str:
     shapes = [(shape.name, shape.description) for shape in SHAPES.values()]
     parts = [
         _table(("problem", "what it is"), shapes, kind=""),
+        f"<p>{escape(USUAL)}</p>",
         "<p>Bytes between memory and multiprocessors, and how many times that is what must be moved at least: every "
         "input and output once.</p>",
     ]

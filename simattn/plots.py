@@ -48,8 +48,11 @@ INK = "#24292f"
 MUTED = "#6e7781"
 """Reference lines and their labels."""
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's colours, distinct under the common kinds of colour blindness."""
+PALETTE = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    *("#7b2fbe", "#c51b3a", "#5a4500", "#bdb95a", "#2fd3d0", "#98107f", "#3355ff", "#f4a997", "#14245c"),
+)
+"""Six of Okabe and Ito's colours, then others that are far from these and from each other, also to the colour-blind."""
 
 _DASHES = ("-", (0, (6, 2)), (0, (2, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 3)), (0, (4, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -295,8 +298,9 @@ def roofline(
     _draw_roofs(ax, row, dtype, low, high)
     for point in placed:
         _draw_point(ax, point)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    for axis, (least, greatest) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        # Labels at 1, 2 and 5 touch when there are many decades.
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if greatest < 300 * least else (1.0,)))
         axis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value / 1e12:g}")

@@ -24,7 +24,7 @@ from simattn.algorithms.algorithm import Algorithm
 from simattn.api import Run, closed_form, profile
 from simattn.arithmetic.formats import FLOAT8
 from simattn.bounds import compulsory_traffic
-from simattn.comparison import compare
+from simattn.comparison import compare, usual_text
 from simattn.hardware import HARDWARE, Hardware, get_hardware, table
 from simattn.planning import DEFAULT_HARDWARE
 from simattn.problem import Direction
@@ -159,6 +159,9 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
     }
 )  # fmt: skip
 """The problems of the report, by name."""
+
+USUAL = f"Where a problem gives no others, algorithms have their usual arguments: {usual_text(ALGORITHMS, 1 << 20)}."
+"""What the problems do not say."""
 
 TIMED_SHAPES: Mapping[Direction, str] = MappingProxyType(
     {"forward": "mha-4k", "backward": "mha-4k", "decode": "step-8k"}
@@ -420,8 +423,10 @@ def pictures(hardware: Hardware) -> list[Picture]:
         Picture(
             "length_forward",
             "Traffic against length, forward",
-            "Every algorithm's traffic grows with the square of the length. They differ by a constant: how often tiles "
-            "are loaded again.",
+            "Attention to all keys, FlashAttention included, grows with the square of the length. Its algorithms "
+            "differ by a constant: how often tiles are loaded again. Windows of a fixed size and linear attention grow "
+            "with the length itself. MoBA and NSA lie between: each query attends to a fixed number of blocks, but its "
+            "choice looks at a mean or a compressed key of every block.",
             lambda: plots.traffic_against_length(hardware=hardware, **_GROUPED),
         ),
         Picture(
@@ -433,14 +438,16 @@ def pictures(hardware: Hardware) -> list[Picture]:
         Picture(
             "sram_forward",
             "Traffic against SRAM size, forward",
-            "Each point uses the largest tiles that fit into M. Above the knee at M = d² FlashAttention falls as 1/M; "
-            "below it a program that tiles the head dimension too falls as 1/√M and moves less.",
+            "Attention to all keys. Each point uses the largest tiles that fit into M. Above the knee at M = d² "
+            "FlashAttention falls as 1/M; below it a program that tiles the head dimension too falls as 1/√M and moves "
+            "less.",
             plots.traffic_against_sram,
         ),
         Picture(
             "sram_backward",
             "Traffic against SRAM size, backward",
-            "The backward pass. Programs that tile the head dimension fall as 1/√M below the knee, the others as 1/M.",
+            "The backward pass of attention to all keys. Programs that tile the head dimension fall as 1/√M below the "
+            "knee, the others as 1/M.",
             lambda: plots.traffic_against_sram(direction="backward"),
         ),
         Picture(
@@ -469,7 +476,7 @@ def pictures(hardware: Hardware) -> list[Picture]:
                 f"cheapest_{phase}",
                 f"Which is cheapest? {text} ({COMPARED_MODEL}, {COMPARED_LENGTH:,} tokens)",
                 "Every algorithm that takes the shape, in all layers, the least time first. Those without a softmax "
-                "compute something else.",
+                "and those that leave keys out compute something else than the others.",
                 lambda phase=phase: plots.comparison(  # type: ignore[misc]
                     compare(COMPARED_LENGTH, COMPARED_MODEL, hardware=hardware), phase
                 )[0],
@@ -526,6 +533,7 @@ def report_text(report: Report) -> str:
             [(shape.name, shape.description) for shape in SHAPES.values()],
             numeric=False,
         ),
+        textwrap.fill(USUAL, 110),
     ]
     for direction in DIRECTIONS:
         parts += [
@@ -603,7 +611,7 @@ def claims_text(rows: Sequence[Row]) -> str:
     counts = Counter(row["verdict"] for row in rows)
     failed = sum(not row["ok"] for row in rows)
     lines.append("")
-    lines.append(f"{len(rows)} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
+    lines.append(f"{len(rows)} claims: " + "; ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
     lines.append(f"Claims that should hold and do not: {failed}" if failed else "Every claim that should hold does.")
     return "\n".join(lines)
 

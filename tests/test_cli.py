@@ -575,14 +575,23 @@ def test_interruption_has_its_own_code(run, monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["report"], ["claims"], ["count"], ["layer"], ["sweep"], ["kv-cache"], ["hardware"]],
+    [[], ["report"], ["claims"], ["count"], ["layer"], ["sweep"], ["compare"], ["kv-cache"], ["hardware"]],
     ids=" ".join,
 )
 def test_help_is_printed(run, command):
     out = printed(run, *command, "--help")
     assert out.startswith("usage: simattn")
-    if command in (["count"], ["layer"], ["sweep"]):
-        assert all(name in out for name in simattn.ALGORITHMS)
+    if command in (["count"], ["layer"], ["sweep"], ["compare"]):
+        listed = {word.strip(",.") for word in out[out.index("Algorithms: ") :].split()}
+        in_layers = {name for name, spec in simattn.ALGORITHMS.items() if spec.takes_any_mask}
+        assert listed & {*simattn.ALGORITHMS} == (in_layers if command == ["layer"] else {*simattn.ALGORITHMS})
+
+
+@pytest.mark.parametrize("command", ["compare", "kv-cache"])
+def test_help_lists_the_models(run, command):
+    out = printed(run, command, "--help")
+    listed = {word.strip(",.") for word in out[out.index("Models: ") :].split()}
+    assert {*simattn.MODELS} <= listed
 
 
 def test_version_is_printed(run):

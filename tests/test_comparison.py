@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -162,7 +163,20 @@ def test_the_picture_has_a_bar_for_every_row():
         plots.comparison(compared, "prefill", axes=drawn[:2])
 
 
+def test_the_text_ends_with_arguments_that_are_not_the_models():
+    compared = compare(8192, "Mistral-7B", algorithms=["flash2", "sliding_window", "overlapped_window"])
+    assert repr(compared).splitlines()[-1] == "Usual arguments: overlapped_window window_len=512, overlap=256"
+    assert "Usual arguments" not in repr(compare(8192, "Llama-3-8B", algorithms=["flash2", "linear"]))
+
+
 class TestCommand:
+    def test_a_picture_has_room_for_every_row(self, tmp_path):
+        path = tmp_path / "picture.svg"
+        assert main(["compare", "--seq", "32k", "--model", "Llama-3-8B", "--plot", str(path)]) == 0
+        counted = [row for row in compare(1 << 15, "Llama-3-8B").rows if row.refusal is None]
+        height = float(re.search(r'height="([\d.]+)pt"', path.read_text(encoding="utf-8"))[1])
+        assert height >= 2 * 72 + 20 * len(counted)
+
     def test_it_prints_the_table(self, capsys):
         assert main(["compare", "--seq", "8k", "--model", "Llama-3-8B"]) == 0
         assert capsys.readouterr().out == f"{compare(8192, 'Llama-3-8B')!r}\n"
@@ -203,6 +217,7 @@ class TestCommand:
             (["--seq", "1k", "--heads", "2", "--phase", "train"], "phases='train': expected one of"),
             (["--seq", "1k", "--heads", "2", "--phase", "prefill", "--algorithm", "paged", "--plot", "x.png"],
              "expected an algorithm that was counted"),
+            (["--seq", "1k", "--heads", "2", "--algorithm", "flash2", "--plot", "x.nothing"], "--plot x.nothing: "),
         ],
         ids=str,
     )  # fmt: skip

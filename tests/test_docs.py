@@ -2,12 +2,15 @@
 
 import contextlib
 import doctest
+import importlib
 import io
 import re
 import shlex
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
+from types import UnionType
+from typing import Literal, get_args, get_origin
 from unittest import mock
 
 import pytest
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 from page_symbols import symbols_of
 
 import simattn
+from simattn.algorithms.algorithm import Family
 from simattn.cli import main
 from simattn.testing import plan_options, problems_of, tiles_for
 
@@ -95,6 +99,31 @@ def test_every_page_is_in_the_table_of_contents():
             names = [line for line in entries.splitlines() if line and not line.startswith(":")]
             listed |= {str((path.parent / name).relative_to(DOCS)) for name in names}
     assert {str(path.relative_to(DOCS).with_suffix("")) for path in PAGES} <= listed
+
+
+@pytest.mark.parametrize("name", simattn.ALGORITHMS)
+def test_the_readme_has_every_algorithm_and_its_directions(name):
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| [`{name}`](")]
+    assert f"(docs/algorithms/{name}.md)" in line
+    assert line.endswith(f"| {', '.join(simattn.ALGORITHMS[name].directions)} |")
+
+
+def test_a_family_of_its_own_is_for_decoding_steps_and_for_any_mask():
+    for spec in simattn.ALGORITHMS.values():
+        assert spec.family in get_args(Family)
+        assert (spec.family == "dense") == spec.takes_any_mask
+        assert (spec.family == "decoding") == (spec.directions == ("decode",))
+
+
+@pytest.mark.parametrize("name", ["", ".claims", ".kv_cache", ".plots", ".report", ".testing"])
+def test_every_public_name_is_in_the_reference(name):
+    module = importlib.import_module(f"simattn{name}")
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    if f"automodule:: {module.__name__}\n   :members:\n" in text:
+        return
+    named = set(re.findall(r"(?:::|\.) ?(\w+)$", text, re.MULTILINE))
+    public = {item for item in module.__all__ if get_origin(getattr(module, item)) not in (Literal, UnionType)}
+    assert public - named == set()
 
 
 # Formulas

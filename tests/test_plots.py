@@ -151,6 +151,17 @@ def test_roofline_leaves_out_an_unpublished_l2_and_takes_no_points(axes):
     assert axes.get_legend() is None
 
 
+@pytest.mark.parametrize("low", [0.4, 4.0, 40.0])
+def test_ticks_of_a_roofline_do_not_touch(low):
+    axes = plots.roofline("H100-SXM", [("nsa forward", low, 2e13), ("flash2 backward", 200.0, 9e14)])
+    FigureCanvasAgg(axes.figure).draw()
+    for axis, (least, greatest) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+        boxes = [label.get_window_extent() for value, label in ticks if least <= value <= greatest]
+        assert len(boxes) >= 3
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
 def test_bars_stack_to_the_traffic_of_each_run(axes):
     runs = {
         name: simattn.profile(name, **usual(name, "backward", 4096), direction="backward", **GROUPED)
@@ -198,8 +209,8 @@ def test_colours_belong_to_the_algorithm(axes):
     plots.traffic_against_length(["flash3", "standard"], lengths=[1024, 2048], ax=axes)
     for name in ("flash3", "standard"):
         assert line(axes, name).get_color() == plots.algorithm_style(name)["color"]
-    styles = [tuple(plots.algorithm_style(name).values()) for name in simattn.ALGORITHMS]
-    assert len(set(styles)) == len(styles)
+    colours = [plots.algorithm_style(name)["color"] for name in simattn.ALGORITHMS]
+    assert len(set(colours)) == len(colours)
 
 
 def test_arrays_keep_their_colours_between_pictures():

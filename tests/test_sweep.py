@@ -31,6 +31,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simattn
+from simattn.algorithms.linear import FeatureMap
+from simattn.algorithms.moba import BlockHistogram
+from simattn.tables import csv_text
 
 # The package exports the function under the module's name.
 sweep_module = importlib.import_module("simattn.sweep")
@@ -810,3 +813,25 @@ def test_repr_is_a_table_of_what_varies(stub):
     assert lines[-1] == "… 10 more"
     with pytest.raises(KeyError, match="expected one of algorithm, batch"):
         rows.column("heads")
+
+
+def test_own_feature_maps_are_told_apart_by_what_counts_depend_on(tmp_path):
+    def doubled(x):
+        return 2 * x
+
+    cheap, costly = (FeatureMap("doubled", doubled, np.ones_like, exponentials=count) for count in (0, 3))
+    arguments = {"q_len": 64, "feature_map": ["relu", cheap, costly], "output": tmp_path / "rows.jsonl"}
+    rows = sweep("linear", **arguments, progress=False)
+    assert rows.column("feature_map") == ["relu", "FeatureMap doubled 0", "FeatureMap doubled 3"]
+    assert rows.column("exponentials") == [0, 0, 3 * 2 * 64 * 64]
+    assert sweep("linear", **arguments, progress=False) == rows
+
+
+def test_selections_stand_in_rows_as_digests():
+    choices = [BlockHistogram.random(heads=1, q_len=512, block=64, top_k=3, seed=seed) for seed in range(2)]
+    rows = sweep("moba", q_len=512, block_size=64, top_k=3, selection=[None, *choices], progress=False)
+    none, *digests = rows.column("selection")
+    assert none is None
+    assert len(set(digests)) == 2
+    assert all(digest.startswith("BlockHistogram ") for digest in digests)
+    assert list(csv.DictReader(io.StringIO(csv_text(rows))))[1]["selection"] == digests[0]

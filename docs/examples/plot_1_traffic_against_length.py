@@ -4,9 +4,10 @@ Traffic against length
 
 How the bytes between memory and multiprocessors grow with the sequence length, for every algorithm.
 
-All of them grow with the square of the length: exact attention moves Θ(N²) bytes for a given SRAM, FlashAttention
-included. What it changes is the constant. The distance to the dashed line, inputs and outputs moved once, grows with N
-for each of them.
+Attention to all keys moves Θ(N²) bytes for a given SRAM, FlashAttention included. What it changes is the constant. The
+distance to the dashed line, inputs and outputs moved once, grows with N. Windows of a fixed size and linear attention
+keep their distance. In MoBA and NSA each query attends to a fixed number of blocks, but its choice looks at a mean or a
+compressed key of every block: a square with a small constant.
 """
 
 import matplotlib.pyplot as plt
@@ -18,14 +19,14 @@ figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
 simattn.plots.traffic_against_length(ax=axes, **shape)
 
 # %%
-# Standard attention computes the whole score matrix even under a causal mask; the others skip the tiles above the
-# diagonal. The backward pass:
+# Standard attention computes the whole score matrix even under a causal mask; the others skip what no query sees. The
+# backward pass:
 
 figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
 simattn.plots.traffic_against_length(ax=axes, direction="backward", **shape)
 
 # %%
-# The exponents, fitted to counts at lengths where the lower-order terms no longer matter; windows have a usual size:
+# The exponents, fitted to counts of 128k to 4M tokens; windows have a usual size:
 
 from simattn.bounds import fit_exponents
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from simattn.hardware import Hardware
 from simattn.machine import Machine
@@ -14,6 +14,7 @@ from simattn.traffic import Traffic
 
 Program = Callable[[Machine, Any, Any], None]
 ClosedForm = Callable[[Any, Any], Traffic]
+Family = Literal["dense", "state", "windows", "sparse", "decoding"]
 
 
 def declare_output_and_lse(machine: Machine, problem: AttentionProblem, plan: Plan) -> None:
@@ -30,9 +31,9 @@ def _already_complete(problem: AttentionProblem, plan: PlanT, sram_bytes: int) -
     return plan
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Algorithm:
-    """One algorithm: its tiled programs, closed forms and plans.
+    """One algorithm: its tiled programs, closed forms and plans. Its repr has the name, title, directions and source.
 
     Attributes
     ----------
@@ -42,6 +43,9 @@ class Algorithm:
         Paper and place of the definition.
     summary
         One sentence.
+    family
+        Where tables put it: "dense", attention to all keys under any mask; "state", without a softmax and with a state
+        in place of the keys; "windows"; "sparse", blocks of keys that queries choose; "decoding", decoding steps alone.
     plan_class
         Its plan type.
     problem_class
@@ -75,6 +79,7 @@ class Algorithm:
     title: str
     source: str
     summary: str
+    family: Family = "dense"
     plan_class: type[Plan]
     problem_class: type[AttentionProblem] = AttentionProblem
     reference: Callable[..., dict[str, Any]] | None = None
@@ -88,6 +93,9 @@ class Algorithm:
     declare_saved: Callable[[Machine, Any, Any], None] = declare_output_and_lse
     plan_defaults: Callable[[AttentionProblem, Direction, PlanKind, Hardware], dict[str, Any]] = _no_defaults
     complete_plan: Callable[[AttentionProblem, Any, int], Any] = _already_complete
+
+    def __repr__(self) -> str:
+        return f"<Algorithm {self.name}: {self.title}; {', '.join(self.directions)}; {self.source}>"
 
     @property
     def takes_any_mask(self) -> bool:

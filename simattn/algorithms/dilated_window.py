@@ -923,6 +923,7 @@ ALGORITHM = Algorithm(
     title="Dilated windows with global tokens",
     source="Beltagy et al. 2020, arXiv 2004.05150, Section 3",
     summary="Sliding windows of strided rows and full attention of global tokens, in one softmax for each row.",
+    family="windows",
     plan_class=DilatedWindowPlan,
     problem_class=DilatedWindowProblem,
     reference=reference,

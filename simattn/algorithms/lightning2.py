@@ -130,6 +130,7 @@ ALGORITHM = Algorithm(
     title="Lightning Attention-2",
     source="Qin et al. 2024, arXiv 2401.04658, Algorithms 1 and 2",
     summary="Linear attention with weights that decay with distance; masked products within tiles, a state between.",
+    family="state",
     plan_class=Lightning2Plan,
     problem_class=Lightning2Problem,
     reference=linear.reference,

@@ -60,6 +60,10 @@ class FeatureMap:
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected a function of an array")
         object.__setattr__(self, "exponentials", checked_integer("exponentials", self.exponentials, 0))
 
+    def fingerprint(self) -> str:
+        """Return all of it that a count depends on, for sweeps."""
+        return f"{self.name} {self.exponentials}"
+
     def of(self, x: Values) -> Values:
         """Return what an array is mapped to.
 
@@ -220,7 +224,7 @@ class LinearProblem(RecurrentProblem):
     Attributes
     ----------
     feature_map
-        A name of ``FEATURE_MAPS``, or a :class:`FeatureMap` of your own.
+        A name of ``FEATURE_MAPS``, or a :class:`~simattn.algorithms.linear.FeatureMap` of your own.
     normalised
         Whether outputs are divided by the sum of their weights, φ(q)ᵀ Σ φ(k).
     """
@@ -767,6 +771,7 @@ ALGORITHM = Algorithm(
     title="Linear attention",
     source="Katharopoulos et al. 2020, arXiv 2006.16236, Sections 3.2 to 3.4",
     summary="A state of head_dim × value_dim stands for all keys and values before; no softmax.",
+    family="state",
     plan_class=LinearPlan,
     problem_class=LinearProblem,
     reference=reference,

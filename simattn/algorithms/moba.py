@@ -177,9 +177,9 @@ class MobaProblem(AttentionProblem):
         Whether this is full causal attention instead, as in some layers and at the end of the training.
     selection
         The blocks before its own that each query chooses, in place of its best, for every query head: a
-        :class:`simattn.selection.BlockSelection` of min(top_k, blocks) − 1 columns, where each query chooses as many as
-        it has blocks to choose from. For counting a :class:`BlockHistogram` suffices, and None counts choices that
-        spread evenly. What the choice costs is counted all the same.
+        :class:`~simattn.selection.BlockSelection` of min(top_k, blocks) − 1 columns, where each query chooses as many
+        as it has blocks to choose from. For counting a :class:`~simattn.algorithms.moba.BlockHistogram` suffices, and
+        None counts choices that spread evenly. What the choice costs is counted all the same.
     """
 
     block_size: int = 4096
@@ -1241,6 +1241,7 @@ ALGORITHM = Algorithm(
     title="Mixture of Block Attention",
     source="Moonshot AI 2025, MoBA technical report, arXiv 2502.13189, Algorithm 1",
     summary="Each query attends to its own block and to the blocks before whose mean keys it scores highest.",
+    family="sparse",
     plan_class=MobaPlan,
     problem_class=MobaProblem,
     reference=reference,

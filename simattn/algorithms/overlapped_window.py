@@ -469,6 +469,7 @@ ALGORITHM = Algorithm(
     title="Overlapping windows",
     source="merged by log-sum-exp as in Dao 2023, arXiv 2307.08691, Section 2.3.1",
     summary="Attention inside windows that share tokens; what a token has from several is merged by log-sum-exp.",
+    family="windows",
     plan_class=OverlappedWindowPlan,
     problem_class=OverlappedWindowProblem,
     reference=reference,

@@ -367,6 +367,7 @@ ALGORITHM = Algorithm(
     title="PagedAttention",
     source="Kwon et al. 2023, arXiv 2309.06180, Section 4.1",
     summary="Decoding with keys and values in pages that a block table names, and lengths of their own.",
+    family="decoding",
     plan_class=PagedPlan,
     problem_class=PagedProblem,
     reference=reference,

@@ -262,6 +262,7 @@ ALGORITHM = Algorithm(
     title="Sliding-window attention",
     source="Jiang et al. 2023, arXiv 2310.06825, Section 2; Beltagy et al. 2020, arXiv 2004.05150, Section 3.1",
     summary="FlashAttention-2's loops over the tiles of a band around the diagonal; decoding from a rolling cache.",
+    family="windows",
     plan_class=SlidingWindowPlan,
     problem_class=SlidingWindowProblem,
     reference=reference,

@@ -105,6 +105,7 @@ ALGORITHM = Algorithm(
     title="Split-KV decoding",
     source="Dao et al. 2023, Flash-Decoding for long-context inference, pytorch.org/blog/flash-decoding",
     summary="Parts of a cache in thread blocks of their own, whose results a second kernel merges.",
+    family="decoding",
     plan_class=SplitKVPlan,
     problem_class=SplitKVProblem,
     reference=parts.reference,

@@ -17,6 +17,7 @@ ALGORITHM = Algorithm(
     title="Native Sparse Attention",
     source="Yuan et al. 2025, arXiv 2502.11089v2, Section 3",
     summary="Compressed keys, selected blocks of keys and a window of keys, attended to apart and added by gates.",
+    family="sparse",
     plan_class=NsaPlan,
     problem_class=NsaProblem,
     reference=reference,
