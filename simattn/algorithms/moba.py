@@ -175,7 +175,8 @@ class MobaProblem(AttentionProblem):
     top_k
         Blocks that a query attends to, its own included; 1 is its own block only.
     full_attention
-        Whether this is full causal attention instead, as in some layers and at the end of the training.
+        Whether this is full causal attention instead, as in some layers and at the end of the training; there is then
+        no ``selection``.
     selection
         The blocks before its own that each query chooses, in place of its best, for every query head: a
         :class:`simattn.selection.BlockSelection` of min(top_k, blocks) − 1 columns, where each query chooses as many as
@@ -236,8 +237,8 @@ class MobaProblem(AttentionProblem):
         if wrong.any():
             entry, head, row = (int(number) for number in np.argwhere(wrong)[0])
             raise ValueError(
-                f"selection chooses {selection.indices[entry, head, row].tolist()} for query {row} of head {head}: "
-                f"expected {min(self.history, int(own[row]))} blocks below its own, {int(own[row])}"
+                f"selection chooses {selection.indices[entry, head, row].tolist()} for query {row} of head {head} of entry "
+                f"{entry}: expected {min(self.history, int(own[row]))} blocks below its own, {int(own[row])}"
             )
 
     def _check_histogram(self, histogram: BlockHistogram) -> None:

@@ -399,12 +399,12 @@ def given_selection(*rows):
         (
             {"selection": given_selection(-1, -1, 0, 0, 1, 2)},
             ValueError,
-            r"selection chooses \[2\] for query 5 of head 0: expected 1 blocks below its own, 2",
+            r"selection chooses \[2\] for query 5 of head 0 of entry 0: expected 1 blocks below its own, 2",
         ),
         (
             {"selection": given_selection(-1, -1, 0, -1, 1, 1)},
             ValueError,
-            r"selection chooses \[-1\] for query 3 of head 0: expected 1 blocks below its own, 1",
+            r"selection chooses \[-1\] for query 3 of head 0 of entry 0: expected 1 blocks below its own, 1",
         ),
         (
             {"selection": BlockHistogram(np.ones((1, 1, 2), int), 2)},

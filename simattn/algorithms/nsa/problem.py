@@ -140,7 +140,7 @@ class NsaProblem(AttentionProblem):
             raise ValueError(
                 f"selection.indices{list(row)} names block {int(highest[row])}, which begins after its query at "
                 f"position {int(self.positions[row[-1]])}: expected blocks of {self.selection_block} keys that begin "
-                "before it"
+                "no later"
             )
 
     # Shapes
