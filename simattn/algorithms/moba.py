@@ -115,7 +115,7 @@ class BlockHistogram:
         seed
             Of the random numbers.
         """
-        block = checked_integer("block", block, 1)
+        block, seed = checked_integer("block", block, 1), checked_integer("seed", seed, 0)
         shape = MobaProblem(batch=batch, heads=heads, q_len=q_len, block_size=block, top_k=top_k)
         sizes, chosen = shape.block_rows, shape.chosen_of_blocks
         before = np.arange(len(sizes))
@@ -237,8 +237,8 @@ class MobaProblem(AttentionProblem):
         if wrong.any():
             entry, head, row = (int(number) for number in np.argwhere(wrong)[0])
             raise ValueError(
-                f"selection chooses {selection.indices[entry, head, row].tolist()} for query {row} of head {head} of entry "
-                f"{entry}: expected {min(self.history, int(own[row]))} blocks below its own, {int(own[row])}"
+                f"selection chooses {selection.indices[entry, head, row].tolist()} for query {row} of head {head} of "
+                f"entry {entry}: expected {min(self.history, int(own[row]))} blocks below its own, {int(own[row])}"
             )
 
     def _check_histogram(self, histogram: BlockHistogram) -> None:

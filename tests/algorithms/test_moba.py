@@ -452,9 +452,17 @@ def test_a_histogram_does_not_suffice_to_compute(call):
         call("moba", q, k, v, block_size=2, top_k=2, selection=counts, **means)
 
 
-def test_bad_arguments_of_a_random_histogram_are_named():
-    with pytest.raises(ValueError, match=r"^block=0: expected an integer of at least 1"):
-        BlockHistogram.random(heads=1, q_len=8, block=0, top_k=2, seed=0)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"block": 0}, "block=0: expected an integer of at least 1"),
+        ({"top_k": 0}, "top_k=0: expected an integer of at least 1"),
+        ({"seed": -1}, "seed=-1: expected an integer of at least 0"),
+    ],
+)
+def test_bad_arguments_of_a_random_histogram_are_named(arguments, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        BlockHistogram.random(**{"heads": 1, "q_len": 8, "block": 2, "top_k": 2, "seed": 0, **arguments})
 
 
 def test_block_mask_is_refused():
