@@ -383,7 +383,8 @@ class MobaPlan(flash2.Flash2Plan):
     """Plan of Mixture of Block Attention: FlashAttention-2's, as its kernels run the attention.
 
     A tile of ``tiles.q`` queries of a block's list meets ``tiles.kv`` keys of the block; in the choice, ``tiles.kv``
-    means of blocks. The inverted index is made for ``tiles.q`` queries at a time.
+    means of blocks. The inverted index is made for ``tiles.q`` queries at a time. A decoding step has a thread block
+    for each query, whatever ``tiles.q`` is.
     """
 
     dq: Literal["reduce"] = "reduce"
