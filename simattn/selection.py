@@ -12,6 +12,9 @@ from simattn.masks import is_integer
 
 Indices = npt.NDArray[np.int32]
 
+LARGEST_INDEX = int(np.iinfo(np.int32).max)
+"""The largest block index that there is room for."""
+
 
 @dataclass(frozen=True, eq=False)
 class BlockSelection:
@@ -45,16 +48,16 @@ class BlockSelection:
                 f"indices has shape {given.shape} and dtype {given.dtype}: expected integers of shape (batch, heads, "
                 "q_len, blocks chosen)"
             )
-        indices = given.astype(np.int32, copy=False)
-        wrong = ~((indices[..., 1:] > indices[..., :-1]) | (indices[..., 1:] == -1)).all(axis=-1)
-        wrong |= (indices < -1).any(axis=-1)
+        before, after = given[..., :-1], given[..., 1:]
+        wrong = ~(((before >= 0) & (after > before)) | (after == -1)).all(axis=-1)
+        wrong |= ((given < -1) | (given > LARGEST_INDEX)).any(axis=-1)
         if wrong.any():
             row = tuple(int(number) for number in np.argwhere(wrong)[0])
             raise ValueError(
-                f"indices{list(row)} is {indices[row].tolist()}: expected ascending block indices, then -1 where there "
-                "are fewer"
+                f"indices{list(row)} is {given[row].tolist()}: expected ascending block indices up to {LARGEST_INDEX}, "
+                "then -1 where there are fewer"
             )
-        object.__setattr__(self, "indices", indices)
+        object.__setattr__(self, "indices", given.astype(np.int32, copy=False))
 
     def __repr__(self) -> str:
         return f"BlockSelection(indices of shape {self.indices.shape}, block={self.block})"

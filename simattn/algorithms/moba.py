@@ -4,8 +4,8 @@ A query scores a block of keys by its product with their mean, in float32, unsca
 attends to its own block, causally, and to the best of the blocks before, top_k of them with its own, under one softmax.
 The choice is a hard one, so no gradient goes through it.
 
-The program is that of the published kernels: a choice, an inverted index of it, attention inside the blocks, attention
-of the gathered queries of each block to its keys, and a merging of the parts by their log-sum-exp.
+The program takes the steps of the published implementation: a choice, an inverted index of it, attention inside the
+blocks, attention of the gathered queries of each block to its keys, and a merging of the parts by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class BlockHistogram:
         seed
             Of the random numbers.
         """
+        block, seed = checked_integer("block", block, 1), checked_integer("seed", seed, 0)
         shape = MobaProblem(batch=batch, heads=heads, q_len=q_len, block_size=block, top_k=top_k)
         sizes, chosen = shape.block_rows, shape.chosen_of_blocks
         before = np.arange(len(sizes))
@@ -174,7 +175,8 @@ class MobaProblem(AttentionProblem):
     top_k
         Blocks that a query attends to, its own included; 1 is its own block only.
     full_attention
-        Whether this is full causal attention instead, as in some layers and at the end of the training.
+        Whether this is full causal attention instead, as in some layers and at the end of the training; there is then
+        no ``selection``.
     selection
         The blocks before its own that each query chooses, in place of its best, for every query head: a
         :class:`~simattn.selection.BlockSelection` of min(top_k, blocks) − 1 columns, where each query chooses as many
@@ -206,6 +208,8 @@ class MobaProblem(AttentionProblem):
             raise ValueError(f"dtype={self.dtype!r}: expected float32, float16 or bfloat16")
         if self.kv_len < self.q_len:
             raise ValueError(f"kv_len={self.kv_len}: expected at least q_len={self.q_len}")
+        if self.selection is not None and self.full_attention:
+            raise ValueError(f"selection={self.selection!r} with full_attention=True: expected None")
         if isinstance(self.selection, BlockSelection):
             self._check_selection(self.selection)
         elif isinstance(self.selection, BlockHistogram):
@@ -233,8 +237,8 @@ class MobaProblem(AttentionProblem):
         if wrong.any():
             entry, head, row = (int(number) for number in np.argwhere(wrong)[0])
             raise ValueError(
-                f"selection chooses {selection.indices[entry, head, row].tolist()} for query {row} of head {head}: "
-                f"expected {min(self.history, int(own[row]))} blocks below its own, {int(own[row])}"
+                f"selection chooses {selection.indices[entry, head, row].tolist()} for query {row} of head {head} of "
+                f"entry {entry}: expected {min(self.history, int(own[row]))} blocks below its own, {int(own[row])}"
             )
 
     def _check_histogram(self, histogram: BlockHistogram) -> None:
@@ -298,9 +302,29 @@ class MobaProblem(AttentionProblem):
     def inputs(self, direction: Direction) -> dict[str, InputShape]:
         """Return the arrays that a program is given: in a decoding step with the means of the earlier blocks."""
         arrays = super().inputs(direction)
-        if direction == "decode" and self.history and not self.full_attention:
-            arrays["block_means"] = InputShape(self.blocks - 1, self.head_dim, "kv", dtype="float32", gradient=False)
+        if direction == "decode" and not self.full_attention:
+            for name in "kv":
+                arrays[name] = replace(arrays[name], needed_rows=self._needed_keys)
+            if self.history:
+                earlier = self.blocks - 1
+                arrays["block_means"] = InputShape(
+                    earlier,
+                    self.head_dim,
+                    "kv",
+                    dtype="float32",
+                    gradient=False,
+                    needed_rows=earlier if self.q_len else 0,
+                )
         return arrays
+
+    @property
+    def _needed_keys(self) -> int:
+        """How many keys every decoding step reads: those of the queries' own blocks, or all that the last one sees."""
+        if not self.q_len:
+            return 0
+        own, inside = np.divmod(self.positions, self.block_size)
+        last = min(int(own[-1]), self.history) * self.block_size + int(inside[-1]) + 1
+        return max(self.kv_len - int(own[0]) * self.block_size, last)
 
     def check_direction(self, direction: Direction) -> None:
         """Raise a ValueError if a pass over whole sequences has more keys than queries."""
@@ -359,7 +383,8 @@ class MobaPlan(flash2.Flash2Plan):
     """Plan of Mixture of Block Attention: FlashAttention-2's, as its kernels run the attention.
 
     A tile of ``tiles.q`` queries of a block's list meets ``tiles.kv`` keys of the block; in the choice, ``tiles.kv``
-    means of blocks. The inverted index is made for ``tiles.q`` queries at a time.
+    means of blocks. The inverted index is made for ``tiles.q`` queries at a time. A decoding step has a thread block
+    for each query, whatever ``tiles.q`` is.
     """
 
     dq: Literal["reduce"] = "reduce"

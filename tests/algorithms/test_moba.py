@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import simattn
-from simattn.algorithms import moba
+from simattn.algorithms import ALGORITHMS, moba
 from simattn.algorithms.moba import BlockHistogram, MobaProblem, choose_blocks
 from simattn.arithmetic.formats import numpy_dtype
+from simattn.bounds import compulsory_traffic
 from simattn.selection import BlockSelection
-from simattn.testing import assert_same_bits, attention_problems, reference_attention
+from simattn.testing import assert_same_bits, attention_problems, problems_of, reference_attention
 
 BACKWARD = ("dq", "dk", "dv")
 
@@ -193,6 +194,21 @@ def test_the_choice_is_that_of_the_unscaled_product_with_the_mean():
     np.testing.assert_array_equal(indices[0, 1, ::2, 0], [-1, 0, 0, 0])
 
 
+@given(shape=shapes(), block_size=st.integers(1, 9), top_k=st.integers(1, 6))
+def test_the_choice_is_that_of_a_sorted_list(shape, block_size, top_k):
+    q, k, _, _ = drawn(**{**shape, "dtype": "float32"}, integers=True)
+    q, k, group = q.astype(float), k.astype(float), shape["heads"] // shape["kv_heads"]
+    arguments = {name: shape[name] for name in ("batch", "heads", "kv_heads", "head_dim")}
+    problem = MobaProblem(**arguments, q_len=shape["length"], block_size=block_size, top_k=top_k)
+    found = choose_blocks(problem, {"q": q, "k": k})
+    for entry, row, head in np.ndindex(q.shape[:3]):
+        blocks = range(row // block_size)
+        keys = [k[entry, block_size * block : block_size * (block + 1), head // group] for block in blocks]
+        scores = [float(q[entry, row, head] @ rows.mean(axis=0)) for rows in keys]
+        best = sorted(sorted(blocks, key=lambda block: -scores[block])[: top_k - 1])
+        assert [index for index in found[entry, head, row].tolist() if index >= 0] == best
+
+
 def test_blocks_of_nan_come_last_and_are_not_seen_when_not_chosen():
     q, k, v, _ = drawn(length=32, heads=1)
     own = {"block_size": 8, "top_k": 2}
@@ -271,6 +287,28 @@ def test_hand_counted_decode():
     assert traffic["out"].hbm_write_bytes == 4 * 16 * 2
 
 
+@given(data=st.data())
+@pytest.mark.parametrize("direction", ["forward", "backward", "decode"])
+def test_no_program_moves_less_than_every_implementation_must(direction, data):
+    problem = data.draw(problems_of(ALGORITHMS["moba"], direction))
+    arguments = {item.name: getattr(problem, item.name) for item in fields(problem)}
+    counted = simattn.count("moba", **arguments, direction=direction).by_array
+    for name, least in compulsory_traffic(problem, direction).by_array.items():
+        for counter, nbytes in vars(least).items():
+            assert nbytes <= getattr(counted[name], counter), (name, counter)
+
+
+def test_what_every_decoding_step_reads():
+    """Positions 20 and 21 in blocks of 8: at least their own block's 6 keys and one whole block that the last chose."""
+    step = MobaProblem(heads=4, kv_heads=2, q_len=2, kv_len=22, head_dim=16, block_size=8, top_k=2)
+    moved = compulsory_traffic(step, "decode").by_array
+    assert moved["k"].hbm_read_bytes == moved["v"].hbm_read_bytes == 2 * (8 + 6) * 16 * 2
+    assert moved["block_means"].hbm_read_bytes == 2 * 2 * 16 * 4
+    # Positions 5 to 21 have keys of all three blocks as their own.
+    assert compulsory_traffic(replace(step, q_len=17), "decode").by_array["k"].hbm_read_bytes == 2 * 22 * 16 * 2
+    assert not compulsory_traffic(replace(step, q_len=0), "decode").hbm_bytes
+
+
 @given(data=st.data(), block_size=st.integers(1, 12), top_k=st.integers(1, 6))
 def test_a_histogram_counts_as_its_choice_does(data, block_size, top_k):
     shape = data.draw(attention_problems(self_attention=True, windowed=False, block_sparse=False, min_len=1))
@@ -335,6 +373,11 @@ def given_selection(*rows):
         ({"block_size": 0}, ValueError, "block_size=0: expected an integer of at least 1"),
         ({"top_k": 0}, ValueError, "top_k=0: expected an integer of at least 1"),
         ({"top_k": 1.5}, TypeError, "top_k=1.5 is a float: expected an integer"),
+        (
+            {"full_attention": True, "selection": given_selection(-1, -1, 0, 0, 1, 1)},
+            ValueError,
+            r"selection=BlockSelection\(.*\) with full_attention=True: expected None",
+        ),
         ({"full_attention": 1}, TypeError, "full_attention=1: expected a bool"),
         ({"causal": "x"}, TypeError, "causal='x': expected a bool; moba is causal"),
         ({"kv_len": 9}, ValueError, "kv_len=9 in a forward pass: expected q_len=6"),
@@ -356,12 +399,12 @@ def given_selection(*rows):
         (
             {"selection": given_selection(-1, -1, 0, 0, 1, 2)},
             ValueError,
-            r"selection chooses \[2\] for query 5 of head 0: expected 1 blocks below its own, 2",
+            r"selection chooses \[2\] for query 5 of head 0 of entry 0: expected 1 blocks below its own, 2",
         ),
         (
             {"selection": given_selection(-1, -1, 0, -1, 1, 1)},
             ValueError,
-            r"selection chooses \[-1\] for query 3 of head 0: expected 1 blocks below its own, 1",
+            r"selection chooses \[-1\] for query 3 of head 0 of entry 0: expected 1 blocks below its own, 1",
         ),
         (
             {"selection": BlockHistogram(np.ones((1, 1, 2), int), 2)},
@@ -407,6 +450,19 @@ def test_a_histogram_does_not_suffice_to_compute(call):
     means = {} if call is simattn.run else {"block_means": np.zeros((1, 2, 1, 8), np.float32)}
     with pytest.raises(ValueError, match="selection is a BlockHistogram, which suffices to count: expected None"):
         call("moba", q, k, v, block_size=2, top_k=2, selection=counts, **means)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"block": 0}, "block=0: expected an integer of at least 1"),
+        ({"top_k": 0}, "top_k=0: expected an integer of at least 1"),
+        ({"seed": -1}, "seed=-1: expected an integer of at least 0"),
+    ],
+)
+def test_bad_arguments_of_a_random_histogram_are_named(arguments, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        BlockHistogram.random(**{"heads": 1, "q_len": 8, "block": 2, "top_k": 2, "seed": 0, **arguments})
 
 
 def test_block_mask_is_refused():

@@ -154,8 +154,9 @@ def test_positions_of_a_thread_block_change_no_result_and_load_what_they_share_o
 
 
 @pytest.mark.parametrize("compression", ["mean", "mlp"])
-@pytest.mark.parametrize("new", [1, 2, 5])
-@pytest.mark.parametrize("kv_len", [3, 4, 21, 24])
+@pytest.mark.parametrize(
+    ("new", "kv_len"), [(new, kv_len) for new in (1, 2, 5) for kv_len in (3, 4, 21, 24) if new <= kv_len]
+)
 def test_a_decoding_step_is_the_end_of_the_forward_pass(compression, new, kv_len):
     shape = {"batch": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "value_dim": 3, "dtype": "float32"}
     whole = NsaProblem(**shape, q_len=kv_len, compression=compression, **SMALL)
@@ -166,13 +167,12 @@ def test_a_decoding_step_is_the_end_of_the_forward_pass(compression, new, kv_len
     caches = {name: np.array(run.saved[name]) for name in ("k_compressed", "v_compressed")}
     for cache in caches.values():
         cache[:, cache.shape[1] - step.new_blocks :] = np.nan  # what this step completes
-    if new <= kv_len:
-        decoded = simattn.run_decode(
-            "nsa", **stored(last), **caches, **own_arguments(step), arithmetic="float64", tiles=(3, 8)
-        )
-        np.testing.assert_allclose(decoded.out, run.out[:, -new:], rtol=1e-12, atol=1e-12)
-        for name in caches:
-            np.testing.assert_allclose(decoded.results[name], run.saved[name], rtol=1e-12, atol=1e-12)
+    decoded = simattn.run_decode(
+        "nsa", **stored(last), **caches, **own_arguments(step), arithmetic="float64", tiles=(3, 8)
+    )
+    np.testing.assert_allclose(decoded.out, run.out[:, -new:], rtol=1e-12, atol=1e-12)
+    for name in caches:
+        np.testing.assert_allclose(decoded.results[name], run.saved[name], rtol=1e-12, atol=1e-12)
 
 
 # 2. The selection
@@ -239,6 +239,37 @@ def test_selected_blocks_are_the_forced_ones_and_the_best():
         assert {0, own, max(0, own - 1)} == set(chosen) - {-1}
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"selected_blocks": 3, "initial_blocks": 0, "local_blocks": 1},
+        {"compression_block": 6, "selection_block": 8, "initial_blocks": 2, "local_blocks": 1},
+        {"compression_stride": 4, "selection_block": 8, "selected_blocks": 3, "local_blocks": 1},
+    ],
+)
+def test_the_blocks_are_those_of_the_tokens_that_compressed_blocks_share_with_them(arguments):
+    """Select query by query and token by token, with nothing of the package but the shapes."""
+    problem = NsaProblem(heads=4, kv_heads=2, q_len=45, kv_len=50, head_dim=3, **{**SMALL, **arguments})
+    inputs = drawn(problem)
+    length, stride, block = problem.compression_block, problem.compression_stride, problem.selection_block
+    found = selected_indices(problem, inputs)
+    for head, row in np.ndindex(2, 45):
+        position, scores = row + 5, dict.fromkeys(range((row + 5) // block + 1), 0.0)
+        complete = range(0, position + 2 - length, stride)
+        keys = [inputs["k"][0, first : first + length, head].mean(axis=0) for first in complete]
+        for query in inputs["q"][0, row, 2 * head : 2 * head + 2]:
+            weights = np.exp([query @ key / np.sqrt(3) for key in keys])
+            for first, weight in zip(complete, weights / weights.sum(), strict=True):
+                for token in range(first, first + length):
+                    scores[token // block] += weight / stride
+        own = position // block
+        forced = {number for number in scores if number < problem.initial_blocks or own - number < problem.local_blocks}
+        others = sorted(set(scores) - forced, key=lambda number: -scores[number])
+        expected = sorted(forced | set(others[: problem.selected_blocks - len(forced)]))
+        assert [index for index in found[0, head, row].tolist() if index >= 0] == expected
+
+
 # 3. Bytes
 
 
@@ -258,6 +289,18 @@ def test_bytes_of_a_small_problem_by_hand():
     assert traffic.by_array["q"].hbm_read_bytes == 4 * (4 * 4 * 10 * 3)
     assert traffic.by_array["indices"].hbm_write_bytes == traffic.by_array["indices"].hbm_read_bytes == 4 * 2 * 10 * 4
     assert traffic.by_array["gates"].hbm_read_bytes == 4 * (4 * 10 * 3)
+
+
+def test_all_arrays_of_a_backward_pass_are_in_memory():
+    shape = {"heads": 4, "kv_heads": 2, "q_len": 10, "head_dim": 3, "value_dim": 5, "dtype": "float32"}
+    roles = simattn.profile("nsa", **shape, **SMALL, direction="backward", tiles=(5, 8)).hbm_bytes_by_role
+    rows = 4 * 10 * (3 + 3)  # the sums of dq, and three deltas
+    keys = 2 * (10 + 4) * (3 + 5)  # the sums of dk and dv, and the gradients of 4 compressed rows
+    lists = 2 * (3 + 10 * 4)  # ends of the lists of 3 blocks, and room for 4 choices of each position
+    assert roles["workspace"] == 4 * (rows + keys + lists)
+    more = simattn.profile("nsa", **shape, **SMALL, compression="mlp", direction="backward", tiles=(5, 8))
+    layers = (4 + 4 * 3 + 3) * (3 + 5)  # the sums of the gradients of positions and of both layers
+    assert more.hbm_bytes_by_role["workspace"] == 4 * (rows + keys + lists + layers)
 
 
 @pytest.mark.parametrize("length", [8192, 16384, 32768, 65536])
@@ -364,8 +407,9 @@ def test_keys_that_are_not_seen_reach_no_row(special, compression):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_values_are_refused(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        simattn.count("nsa", **{"q_len": 100, **arguments})
+    for call in (simattn.count, simattn.closed_form):
+        with pytest.raises(ValueError, match=words):
+            call("nsa", **{"q_len": 100, **arguments})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 
 from simattn.algorithms import forms
 from simattn.algorithms.nsa.plan import NsaPlan, Sizes
-from simattn.algorithms.nsa.problem import BRANCHES, NsaProblem
+from simattn.algorithms.nsa.problem import BRANCHES, NsaProblem, unknown_blocks
 from simattn.arithmetic.formats import STORED_BYTES
 from simattn.plan import Tiles
 from simattn.problem import AttentionProblem
@@ -47,10 +47,18 @@ def dense_visits(problem: AttentionProblem, queries: int, keys: int) -> BranchVi
 
 
 def selected_visits(problem: NsaProblem, plan: NsaPlan) -> BranchVisits:
-    """Return the visits of the selected branch: for each block, the tiles of positions that have chosen it."""
+    """Return the visits of the selected branch: for each block, the tiles of positions that have chosen it.
+
+    Raises
+    ------
+    ValueError
+        If the blocks are not known, and so not how many of them the positions of a thread block share.
+    """
     streams, blocks = problem.batch * problem.kv_heads, problem.selection_blocks
     missing = blocks * problem.selection_block - problem.kv_len
     if problem.selection is None:
+        if plan.positions > 1 and problem.q_len > 1 and streams and blocks:
+            raise unknown_blocks(plan.positions)
         # The k-th block of a position is there from position (k − 1) l' on, and its own block is the clipped one.
         start, stop = max(0, problem.kv_len - problem.q_len), problem.kv_len
         begins = [number * problem.selection_block for number in range(min(problem.selected_blocks, blocks))]

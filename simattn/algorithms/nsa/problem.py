@@ -140,7 +140,7 @@ class NsaProblem(AttentionProblem):
             raise ValueError(
                 f"selection.indices{list(row)} names block {int(highest[row])}, which begins after its query at "
                 f"position {int(self.positions[row[-1]])}: expected blocks of {self.selection_block} keys that begin "
-                "before it"
+                "no later"
             )
 
     # Shapes
@@ -348,6 +348,14 @@ class NsaProblem(AttentionProblem):
         return np.asarray((blocks < self.initial_blocks) | (blocks > own - self.local_blocks))
 
 
+def unknown_blocks(positions: int) -> ValueError:
+    """Return the error of a count that depends on how many blocks so many positions of a thread block share."""
+    return ValueError(
+        f"positions={positions} without a selection: expected positions=1, or the selection whose blocks are to be "
+        "counted"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompressedProblem(PackedProblem):
     """Packed query rows that see compressed blocks as soon as these are complete.
@@ -464,10 +472,7 @@ class ChosenBlocks(Visibility):
                 return int(np.count_nonzero(found >= 0))
             return int(np.count_nonzero((found >= blocks.start) & (found < blocks.stop)))
         if row_tile > self.packed and self.rows > self.packed:
-            raise ValueError(
-                f"positions={row_tile // self.packed} without a selection: expected positions=1, or the selection "
-                "whose blocks are to be counted"
-            )
+            raise unknown_blocks(row_tile // self.packed)
         first, stop = rows.start + self.shift, rows.stop + self.shift
         limit = self.count * self.block
         every = clamped_floor_sum(first, stop, 1, self.block, 0, limit, self.block)

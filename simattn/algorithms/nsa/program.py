@@ -67,8 +67,10 @@ def pack(machine: Machine, problem: NsaProblem) -> Machine:
 
 
 def unpack(machine: Machine, inner: Machine, problem: NsaProblem) -> None:
-    """Take over what the packed machine counted and computed."""
+    """Take over what the packed machine counted, computed and declared, of which nothing has packed rows."""
     machine.take_over(inner)
+    for name, array in inner.arrays.items():
+        machine.arrays.setdefault(name, array)
     for name, array in machine.arrays.items():
         values = inner.arrays[name].values
         if array.heads == "query" and array.role in ("output", "saved") and values is not None:
@@ -288,8 +290,9 @@ def invert(machine: Machine, problem: NsaProblem, part: SelectedProblem, plan: N
                 if writes:
                     machine.move_element(choosing, "written")
         if not writes:
-            for rows in machine.thread_blocks(ends.rows, plan.tiles.kv, per="kv"):
-                machine.store(machine.load(ends, rows, place="registers"), ends, rows)
+            for _ in machine.thread_blocks(per="kv", width=plan.tiles.kv):  # one for all, since it carries the sum on
+                for rows in machine.tiles(ends.rows, plan.tiles.kv):
+                    machine.store(machine.load(ends, rows, place="registers"), ends, rows)
     if ends.values is not None and choosing.values is not None:
         lists = part.chosen.lists(plan.positions)
         tiles, places = np.nonzero(lists >= 0)
