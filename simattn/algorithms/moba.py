@@ -298,9 +298,23 @@ class MobaProblem(AttentionProblem):
     def inputs(self, direction: Direction) -> dict[str, InputShape]:
         """Return the arrays that a program is given: in a decoding step with the means of the earlier blocks."""
         arrays = super().inputs(direction)
-        if direction == "decode" and self.history and not self.full_attention:
-            arrays["block_means"] = InputShape(self.blocks - 1, self.head_dim, "kv", dtype="float32", gradient=False)
+        if direction == "decode" and not self.full_attention:
+            for name in "kv":
+                arrays[name] = replace(arrays[name], needed_rows=self._needed_rows)
+            if self.history:
+                rows = self.blocks - 1
+                arrays["block_means"] = InputShape(
+                    rows, self.head_dim, "kv", "float32", gradient=False, needed_rows=rows if self.q_len else 0
+                )
         return arrays
+
+    @property
+    def _needed_rows(self) -> int:
+        """Keys from the first query's block on, and the blocks that it chooses: least of all where heads agree."""
+        if not self.q_len:
+            return 0
+        own = (self.kv_len - self.q_len) // self.block_size
+        return self.kv_len - (own - min(self.history, own)) * self.block_size
 
     def check_direction(self, direction: Direction) -> None:
         """Raise a ValueError if a pass over whole sequences has more keys than queries."""

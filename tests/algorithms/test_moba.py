@@ -14,6 +14,7 @@ import simattn
 from simattn.algorithms import moba
 from simattn.algorithms.moba import BlockHistogram, MobaProblem, choose_blocks
 from simattn.arithmetic.formats import numpy_dtype
+from simattn.bounds import compulsory_traffic
 from simattn.selection import BlockSelection
 from simattn.testing import assert_same_bits, attention_problems, reference_attention
 
@@ -407,6 +408,24 @@ def test_a_histogram_does_not_suffice_to_compute(call):
     means = {} if call is simattn.run else {"block_means": np.zeros((1, 2, 1, 8), np.float32)}
     with pytest.raises(ValueError, match="selection is a BlockHistogram, which suffices to count: expected None"):
         call("moba", q, k, v, block_size=2, top_k=2, selection=counts, **means)
+
+
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "needed"),
+    [
+        (1, 100, 4 + 2 * 16),  # of the own block 4 keys, and 2 blocks chosen
+        (6, 100, 20 + 2 * 16),
+        (1, 20, 4 + 16),
+        (1, 16, 16),
+        (0, 100, 0),
+    ],
+)
+def test_a_step_must_read_the_blocks_that_it_chooses_and_no_others(q_len, kv_len, needed):
+    problem = MobaProblem(q_len=q_len, kv_len=kv_len, head_dim=8, dtype="float32", block_size=16, top_k=3)
+    least = compulsory_traffic(problem, "decode").by_array
+    assert sum(least[name].hbm_read_bytes for name in ("k", "v") if name in least) == 2 * 4 * 8 * needed
+    whole = compulsory_traffic(replace(problem, full_attention=True), "decode").by_array
+    assert sum(whole[name].hbm_read_bytes for name in ("k", "v") if name in whole) == 2 * 4 * 8 * kv_len * (q_len > 0)
 
 
 def test_block_mask_is_refused():
