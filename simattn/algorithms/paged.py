@@ -38,7 +38,7 @@ class PagedProblem(DecodeProblem):
     ----------
     cache_lengths
         Keys of each sequence, the new ones included: a number for all, or one for each. Default ``kv_len``, which is
-        else the largest of them.
+        else the largest of them; one of both is required.
     page_size
         Keys of a page.
     pages
@@ -82,10 +82,12 @@ class PagedProblem(DecodeProblem):
     def _checked_lengths(self, batch: int) -> tuple[int, ...]:
         given: Any = self.cache_lengths
         if given is None:
-            given = self.q_len if self.kv_len is None else self.kv_len
+            given = self.kv_len
+        if given is None:
+            raise ValueError("cache_lengths=None: expected the number of keys of each sequence, or kv_len for all")
         if is_integer(given):
             return (checked_integer("cache_lengths", given, 0),) * batch
-        if not isinstance(given, (tuple, list, np.ndarray)):
+        if not isinstance(given, (tuple, list)) and not (isinstance(given, np.ndarray) and given.ndim == 1):
             raise TypeError(f"cache_lengths={given!r}: expected an integer, or one for each sequence")
         if len(given) != batch:
             raise ValueError(f"cache_lengths has {len(given)} numbers: expected {batch}, one for each sequence")
