@@ -57,6 +57,8 @@ class PagedProblem(DecodeProblem):
 
     def __post_init__(self) -> None:
         batch = checked_integer("batch", self.batch, 0)
+        if self.kv_len is not None:
+            checked_integer("kv_len", self.kv_len, 0)
         lengths = self._checked_lengths(batch)
         longest = max(lengths, default=self.q_len if self.kv_len is None else self.kv_len)
         if self.kv_len is None:
@@ -70,7 +72,8 @@ class PagedProblem(DecodeProblem):
         super().__post_init__()
         object.__setattr__(self, "page_size", checked_integer("page_size", self.page_size, 1))
         taken = [ceil_div(length, self.page_size) for length in lengths]
-        for name, smallest, default in (("pages", 0, sum(taken)), ("table_columns", 0, max(taken, default=0))):
+        any_page = min(1, sum(taken))
+        for name, smallest, default in (("pages", any_page, sum(taken)), ("table_columns", 0, max(taken, default=0))):
             value = getattr(self, name)
             object.__setattr__(self, name, default if value is None else checked_integer(name, value, smallest))
         if self.table_columns < max(taken, default=0):

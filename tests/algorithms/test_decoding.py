@@ -501,6 +501,8 @@ BLOCKS = simattn.BlockMask.from_array(np.ones((1, 1), bool), q_block=8, kv_block
         ({"algorithm": "paged", "direction": "backward"}, r"direction='backward' of paged: expected .*'decode'"),
         ({"algorithm": "paged", "kv_len": 9, "cache_lengths": 8}, "kv_len=9: expected 8, the largest of cache_lengths"),
         ({"algorithm": "paged", "kv_len": 9, "pages": -1}, "pages=-1: expected"),
+        ({"algorithm": "paged", "kv_len": 9, "pages": 0}, "pages=0: expected an integer of at least 1"),
+        ({"algorithm": "paged", "kv_len": -9}, "kv_len=-9: expected an integer of at least 0"),
         ({"algorithm": "paged", "kv_len": 9, "page_size": 0}, "page_size=0: expected an integer of at least 1"),
         ({"algorithm": "paged"}, "cache_lengths=None: expected the number of keys of each sequence, or kv_len"),
         ({"algorithm": "split_kv", "multiprocessors": 0}, "multiprocessors=0: expected an integer of at least 1"),
