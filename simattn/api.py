@@ -14,7 +14,7 @@ import numpy.typing as npt
 from simattn.algorithms import get_algorithm
 from simattn.algorithms.algorithm import Algorithm
 from simattn.arithmetic.floating import ARITHMETICS, FloatArithmetic, get_arithmetic
-from simattn.arithmetic.formats import FLOAT8, numpy_dtype, storage_name
+from simattn.arithmetic.formats import FLOAT8, INDEX_DTYPES, numpy_dtype, storage_name
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Operations
 from simattn.masks import BlockMask
@@ -129,7 +129,7 @@ def _request(
     **options: Any,
 ) -> _Request:
     optional = {"kv_heads": kv_heads, "kv_len": kv_len, "value_dim": value_dim, "scale": scale}
-    problem_class = get_algorithm(algorithm).problem_class
+    problem_class = _with_direction(algorithm, direction).problem_class
     own = {item.name for item in fields(problem_class)} - {item.name for item in fields(AttentionProblem)}
     given = {name: options.pop(name) for name in own & set(options)}
     problem = problem_class(
@@ -165,6 +165,15 @@ def _takes_the_arguments_of_a_request(function: Callable[..., R]) -> Callable[..
     return checked
 
 
+def _with_direction(algorithm: str, direction: Direction) -> Algorithm:
+    spec = get_algorithm(algorithm)
+    if direction not in spec.programs:
+        steps_forward = direction == "decode" and spec.step_direction == "forward"
+        hint = "; its decoding step is the forward pass of few queries" if steps_forward else ""
+        raise ValueError(f"direction={direction!r} of {algorithm}: expected one of {spec.directions}{hint}")
+    return spec
+
+
 def checked_algorithm(algorithm: str, direction: Direction, problem: AttentionProblem) -> Algorithm:
     """Return the algorithm, if it has the direction for this problem.
 
@@ -173,11 +182,7 @@ def checked_algorithm(algorithm: str, direction: Direction, problem: AttentionPr
     ValueError
         If the algorithm is unknown, lacks the direction, or the storage format has no backward pass.
     """
-    spec = get_algorithm(algorithm)
-    if direction not in spec.programs:
-        steps_forward = direction == "decode" and spec.step_direction == "forward"
-        hint = "; its decoding step is the forward pass of few queries" if steps_forward else ""
-        raise ValueError(f"direction={direction!r} of {algorithm}: expected one of {spec.directions}{hint}")
+    spec = _with_direction(algorithm, direction)
     problem.check_direction(direction)
     if direction == "backward" and problem.is_float8:
         raise ValueError(
@@ -658,7 +663,8 @@ class Inputs:
             raise ValueError(f"{name} has shape {array.shape}: expected {expected}")
         if name in problem.own_inputs:
             stored = numpy_dtype(shape.dtype or problem.dtype)
-            if array.dtype != stored and not (array.dtype == np.float64 == arithmetic.dtype):
+            is_exact = array.dtype == np.float64 == arithmetic.dtype and shape.dtype not in INDEX_DTYPES
+            if array.dtype != stored and not is_exact:
                 raise TypeError(f"{name} has dtype {array.dtype}: expected {stored}")
 
     def _descale(self, name: str, problem: AttentionProblem) -> Values:

@@ -79,13 +79,14 @@ def compulsory_traffic(problem: AttentionProblem, direction: Direction) -> Traff
     """
     check_choice("direction", direction, ("forward", "backward", "decode"))
     parts = tuple(problem.of_equal_lengths(direction))
-    queries = sum(part.batch * seen_columns(part.queries_of_keys) for part in parts)
-    keys = sum(part.batch * seen_columns(part.keys_of_queries) for part in parts)
-    every_query, every_key = problem.batch * problem.q_len, problem.batch * problem.kv_len
+    queries = sum(part.batch * part.heads * seen_columns(part.queries_of_keys) for part in parts)
+    keys = sum(part.batch * part.kv_heads * seen_columns(part.keys_of_queries) for part in parts)
+    every_query = problem.batch * problem.heads * problem.q_len
+    every_key = problem.batch * problem.kv_heads * problem.kv_len
     stored = problem.item_bytes
 
-    def bytes_of(heads: int, rows: int, columns: int, item: int = stored) -> int:
-        return heads * rows * columns * item
+    def bytes_of(rows: int, columns: int, item: int = stored) -> int:
+        return rows * columns * item
 
     def read(count: int) -> ArrayTraffic:
         return ArrayTraffic(hbm_read_bytes=count)
@@ -95,25 +96,25 @@ def compulsory_traffic(problem: AttentionProblem, direction: Direction) -> Traff
 
     d, value_dim = problem.head_dim, problem.value_dim
     moved = {
-        "q": read(bytes_of(problem.heads, queries, d)),
-        "k": read(bytes_of(problem.kv_heads, keys, d)),
-        "v": read(bytes_of(problem.kv_heads, keys, value_dim)),
+        "q": read(bytes_of(queries, d)),
+        "k": read(bytes_of(keys, d)),
+        "v": read(bytes_of(keys, value_dim)),
     }
     if problem.is_float8:
-        factor = bytes_of(problem.kv_heads, problem.batch if keys else 0, 1, ITEM_BYTES["float32"])
+        factor = bytes_of(problem.batch * problem.kv_heads if keys else 0, 1, ITEM_BYTES["float32"])
         moved |= {f"{name}_descale": read(factor) for name in "qkv"}
     if direction != "backward":
         item = ITEM_BYTES[problem.output_dtype]
-        moved["out"] = written(bytes_of(problem.heads, every_query, value_dim, item))
+        moved["out"] = written(bytes_of(every_query, value_dim, item))
     else:
-        moved["dout"] = read(bytes_of(problem.heads, queries, value_dim))
-        moved["dq"] = written(bytes_of(problem.heads, every_query, d))
-        moved["dk"] = written(bytes_of(problem.kv_heads, every_key, d))
-        moved["dv"] = written(bytes_of(problem.kv_heads, every_key, value_dim))
+        moved["dout"] = read(bytes_of(queries, value_dim))
+        moved["dq"] = written(bytes_of(every_query, d))
+        moved["dk"] = written(bytes_of(every_key, d))
+        moved["dv"] = written(bytes_of(every_key, value_dim))
     matrices = {"query": problem.batch * problem.heads, "kv": problem.batch * problem.kv_heads, "one": 1}
     for name, shape in problem.inputs(direction).items():
         is_own = name in problem.own_inputs and shape.dtype not in INDEX_DTYPES
-        row = bytes_of(matrices[shape.heads], 1, shape.columns, STORED_BYTES[shape.dtype or problem.dtype])
+        row = bytes_of(matrices[shape.heads], shape.columns, STORED_BYTES[shape.dtype or problem.dtype])
         if is_own or shape.needed_rows is not None:
             needed = shape.rows if shape.needed_rows is None else shape.needed_rows
             moved[name] = read(row * needed) + written(row * shape.rows if name in problem.written_inputs else 0)

@@ -143,9 +143,9 @@ def _plan_value(text: str) -> Any:
 
 
 def _numbers(text: str) -> list[int] | list[float]:
-    """Return numbers separated by commas, of which there is at least one: integers if all are."""
-    parts = text.split(",")
-    if len(parts) > 1:
+    """Return numbers separated by commas, of which there is at least one, if only at the end: integers if all are."""
+    parts = text.removesuffix(",").split(",")
+    if "," in text:
         with contextlib.suppress(argparse.ArgumentTypeError):
             return [_integer(part) for part in parts]
         with contextlib.suppress(ValueError):

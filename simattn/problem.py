@@ -229,7 +229,7 @@ class AttentionProblem:
         return ()
 
     def of_equal_lengths(self, direction: Direction) -> Iterable[AttentionProblem]:
-        """Return problems of sequences that a program finds equally long in memory, which together are this one."""
+        """Return problems of sequences or heads that find equally many rows in memory, which together are this one."""
         return (self,)
 
     def key_tile(self, rows: int) -> int:

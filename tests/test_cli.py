@@ -134,13 +134,23 @@ def test_count_passes_its_arguments_on(run, given, arguments):
         ("split_kv", ["--kv-len", "1M", "--option", "splits=4"], {"kv_len": 1 << 20, "splits": 4}),
         ("linear", ["--kv-len", "1M", "--option", "normalised=false"], {"normalised": False}),
         ("lightning2", ["--option", "slopes=0.5,1,2,4"], {"slopes": [0.5, 1, 2, 4]}),
+        (
+            "dilated_window",
+            ["--kv-len", "9", "--window", "2,0", "--option", "global_tokens=1,"],
+            {"kv_len": 9, "window": (2, 0), "global_tokens": (1,)},
+        ),
+        (
+            "lightning2",
+            ["--heads", "1", "--kv-heads", "1", "--option", "slopes=0.5,"],
+            {"heads": 1, "kv_heads": 1, "slopes": [0.5]},
+        ),
     ],
     ids=str,
 )
 def test_count_of_decoding_steps(run, name, given, arguments):
     shape = {"q_len": 1, "batch": 3, "heads": 4, "kv_heads": 2, "direction": "decode"}
     out = printed(run, "count", name, *options(shape), *given, "--csv")
-    expected = simattn.count(name, **shape, **arguments)
+    expected = simattn.count(name, **{**shape, **arguments})
     assert out.splitlines()[-1] == ",".join(str(value) for value in list(expected.rows())[-1].values())
 
 

@@ -67,6 +67,7 @@ def test_rows_are_the_counts_of_the_calls(kv_heads, group, head_dim, layers, len
         assert row.exponentials == layers * run.operations.exponentials
         assert row.seconds == layers * bounds.seconds
         assert row.limited_by == bounds.limited_by
+        assert row.times_compulsory >= 1
         assert row.times_compulsory * compulsory_traffic(run.problem, run.direction).hbm_bytes == pytest.approx(
             run.traffic.hbm_bytes
         )

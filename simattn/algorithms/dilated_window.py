@@ -104,7 +104,10 @@ class DilatedWindowProblem(WindowProblem):
             if not 0 <= given <= self.kv_len:
                 raise ValueError(f"global_tokens={given}: expected at least 0 and at most kv_len={self.kv_len}")
             return int(given)
-        positions = np.asarray(given)
+        try:
+            positions = np.asarray(given)
+        except ValueError:  # rows of different lengths
+            raise TypeError(f"global_tokens={given!r}: expected a row of integers") from None
         if positions.ndim != 1 or (len(positions) and positions.dtype.kind not in "iu"):
             raise TypeError(
                 f"global_tokens has shape {positions.shape} and dtype {positions.dtype}: expected a row of integers"
@@ -130,12 +133,23 @@ class DilatedWindowProblem(WindowProblem):
         """Return the arrays that a program is given, by name."""
         arrays = super().inputs(direction)
         if self.has_own_projections:
+            last = self.later_globals[-1] if len(self.later_global_rows) else self.first_globals - 1
+            seen = int(last) + 1 if self.causal else self.kv_len
             arrays |= {
                 "q_global": InputShape(self.global_rows, self.head_dim),
-                "k_global": InputShape(self.kv_len, self.head_dim, "kv"),
-                "v_global": InputShape(self.kv_len, self.value_dim, "kv"),
+                "k_global": InputShape(self.kv_len, self.head_dim, "kv", needed_rows=seen),
+                "v_global": InputShape(self.kv_len, self.value_dim, "kv", needed_rows=seen),
             }
+            if direction == "backward":
+                arrays["dout"] = replace(arrays["dout"], needed_rows=self.q_len)
         return arrays
+
+    def of_equal_lengths(self, direction: Direction) -> Iterator[AttentionProblem]:
+        """Yield, for the heads of each dilation, a problem without a mask of the rows of q, k and v that are read."""
+        for dilation in self.heads_by_dilation:
+            some = self.of_dilation(dilation)
+            rows = some.q_len - some.global_rows * some.has_own_projections
+            yield AttentionProblem(**some.plain(q_len=rows, kv_len=some.keys_read))
 
     @classmethod
     def adapted(cls, given: dict[str, Any], direction: Direction) -> dict[str, Any]:
@@ -244,6 +258,37 @@ class DilatedWindowProblem(WindowProblem):
         """The KV heads of each dilation."""
         of_heads = np.resize(np.array(self.dilations), self.kv_heads)
         return {number: np.flatnonzero(of_heads == number) for number in sorted(set(self.dilations))}
+
+    @property
+    def keys_read(self) -> int:
+        """How many rows of k and v any query reads, all heads having the same dilation.
+
+        These are the keys of the local queries themselves, the global ones, and before the queries what is in a window:
+        of each residue class what the first local query sees.
+        """
+        assert isinstance(self.dilation, int)
+        if self.global_rows and not self.has_own_projections:
+            return self.kv_len
+        first, dilation, (left, _) = self.first_position, self.dilation, self.sides
+        apart, count = self.later_global_rows, self.local_rows - len(self.later_global_rows)
+        if not count:
+            return 0
+        if len(apart):
+            local = np.delete(np.arange(self.first_global_rows, self.q_len), apart - self.first_global_rows)
+        else:  # the first row of each class, and the last of all
+            local = np.append(np.arange(min(dilation, self.q_len)), self.q_len - 1)
+        last = first + int(local[-1]) if self.causal else self.kv_len
+        count += min(self.first_globals, last + 1) + bisect_right(self.later_globals, last)
+        if first <= self.first_globals:
+            return count
+        residues, indices = np.unique(local % dilation, return_index=True)
+        nearest = first + local[indices]
+        near = np.minimum(left, (nearest - self.first_globals) // dilation) - (nearest - first) // dilation
+        earlier = self.later_globals[self.later_globals < first]
+        first_of_class = np.full(dilation, self.kv_len + left * dilation, dtype=np.int64)
+        first_of_class[residues] = nearest
+        also_global = first_of_class[(earlier - first) % dilation] - earlier <= left * dilation
+        return count + int(np.maximum(near, 0).sum()) - int(also_global.sum())
 
     def of_dilation(self, dilation: int) -> DilatedWindowProblem:
         """Return the problem of the KV heads with a dilation."""

@@ -304,27 +304,21 @@ class MobaProblem(AttentionProblem):
         arrays = super().inputs(direction)
         if direction == "decode" and not self.full_attention:
             for name in "kv":
-                arrays[name] = replace(arrays[name], needed_rows=self._needed_keys)
+                arrays[name] = replace(arrays[name], needed_rows=self._needed_rows)
             if self.history:
-                earlier = self.blocks - 1
+                rows = self.blocks - 1
                 arrays["block_means"] = InputShape(
-                    earlier,
-                    self.head_dim,
-                    "kv",
-                    dtype="float32",
-                    gradient=False,
-                    needed_rows=earlier if self.q_len else 0,
+                    rows, self.head_dim, "kv", "float32", gradient=False, needed_rows=rows if self.q_len else 0
                 )
         return arrays
 
     @property
-    def _needed_keys(self) -> int:
-        """How many keys every decoding step reads: those of the queries' own blocks, or all that the last one sees."""
+    def _needed_rows(self) -> int:
+        """Keys from the first query's block on, and the blocks that it chooses: least of all where heads agree."""
         if not self.q_len:
             return 0
-        own, inside = np.divmod(self.positions, self.block_size)
-        last = min(int(own[-1]), self.history) * self.block_size + int(inside[-1]) + 1
-        return max(self.kv_len - int(own[0]) * self.block_size, last)
+        own = (self.kv_len - self.q_len) // self.block_size
+        return self.kv_len - (own - min(self.history, own)) * self.block_size
 
     def check_direction(self, direction: Direction) -> None:
         """Raise a ValueError if a pass over whole sequences has more keys than queries."""

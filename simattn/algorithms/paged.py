@@ -38,7 +38,7 @@ class PagedProblem(DecodeProblem):
     ----------
     cache_lengths
         Keys of each sequence, the new ones included: a number for all, or one for each. Default ``kv_len``, which is
-        else the largest of them.
+        else the largest of them; one of both is required.
     page_size
         Keys of a page.
     pages
@@ -58,6 +58,8 @@ class PagedProblem(DecodeProblem):
 
     def __post_init__(self) -> None:
         batch = checked_integer("batch", self.batch, 0)
+        if self.kv_len is not None:
+            checked_integer("kv_len", self.kv_len, 0)
         lengths = self._checked_lengths(batch)
         longest = max(lengths, default=self.q_len if self.kv_len is None else self.kv_len)
         if self.kv_len is None:
@@ -71,7 +73,8 @@ class PagedProblem(DecodeProblem):
         super().__post_init__()
         object.__setattr__(self, "page_size", checked_integer("page_size", self.page_size, 1))
         taken = [ceil_div(length, self.page_size) for length in lengths]
-        for name, smallest, default in (("pages", 0, sum(taken)), ("table_columns", 0, max(taken, default=0))):
+        any_page = min(1, sum(taken))
+        for name, smallest, default in (("pages", any_page, sum(taken)), ("table_columns", 0, max(taken, default=0))):
             value = getattr(self, name)
             object.__setattr__(self, name, default if value is None else checked_integer(name, value, smallest))
         if self.table_columns < max(taken, default=0):
@@ -83,10 +86,12 @@ class PagedProblem(DecodeProblem):
     def _checked_lengths(self, batch: int) -> tuple[int, ...]:
         given: Any = self.cache_lengths
         if given is None:
-            given = self.q_len if self.kv_len is None else self.kv_len
+            given = self.kv_len
+        if given is None:
+            raise ValueError("cache_lengths=None: expected the number of keys of each sequence, or kv_len for all")
         if is_integer(given):
             return (checked_integer("cache_lengths", given, 0),) * batch
-        if not isinstance(given, (tuple, list, np.ndarray)):
+        if not isinstance(given, (tuple, list)) and not (isinstance(given, np.ndarray) and given.ndim == 1):
             raise TypeError(f"cache_lengths={given!r}: expected an integer, or one for each sequence")
         if len(given) != batch:
             raise ValueError(f"cache_lengths has {len(given)} numbers: expected {batch}, one for each sequence")

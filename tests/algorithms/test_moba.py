@@ -465,6 +465,24 @@ def test_bad_arguments_of_a_random_histogram_are_named(arguments, words):
         BlockHistogram.random(**{"heads": 1, "q_len": 8, "block": 2, "top_k": 2, "seed": 0, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "needed"),
+    [
+        (1, 100, 4 + 2 * 16),  # of the own block 4 keys, and 2 blocks chosen
+        (6, 100, 20 + 2 * 16),
+        (1, 20, 4 + 16),
+        (1, 16, 16),
+        (0, 100, 0),
+    ],
+)
+def test_a_step_must_read_the_blocks_that_it_chooses_and_no_others(q_len, kv_len, needed):
+    problem = MobaProblem(q_len=q_len, kv_len=kv_len, head_dim=8, dtype="float32", block_size=16, top_k=3)
+    least = compulsory_traffic(problem, "decode").by_array
+    assert sum(least[name].hbm_read_bytes for name in ("k", "v") if name in least) == 2 * 4 * 8 * needed
+    whole = compulsory_traffic(replace(problem, full_attention=True), "decode").by_array
+    assert sum(whole[name].hbm_read_bytes for name in ("k", "v") if name in whole) == 2 * 4 * 8 * kv_len * (q_len > 0)
+
+
 def test_block_mask_is_refused():
     mask = simattn.BlockMask.from_array(np.ones((1, 1), bool), q_block=8, kv_block=8)
     with pytest.raises(ValueError, match="block_mask is given: expected None"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import simattn
 from simattn.algorithms import ALGORITHMS
 from simattn.arithmetic.formats import numpy_dtype
+from simattn.bounds import compulsory_traffic
 from simattn.testing import (
     assert_same_bits,
     assert_within_error_budget,
@@ -20,6 +21,7 @@ from simattn.testing import (
     problems_of,
     tiles_for,
 )
+from simattn.traffic import ArrayTraffic
 
 EXAMPLES = settings.default.max_examples
 
@@ -112,6 +114,18 @@ def test_simulation_moves_what_is_counted(name, direction, data):
     assert run.peak_register_bytes == profile.peak_register_bytes
     assert run.hbm_bytes_by_role == profile.hbm_bytes_by_role
     assert run.traffic.global_only() == simattn.closed_form(name, **arguments)
+
+
+@every_program
+@given(data=st.data())
+def test_no_program_moves_less_than_every_implementation_must(name, direction, data):
+    problem = data.draw(problems_of(ALGORITHMS[name], direction))
+    plan = data.draw(plans(name, problem)) | {"repeat_kv": False}  # copies have names of their own
+    counted = simattn.count(name, **arguments_of(problem), **plan, direction=direction).by_array
+    for array, least in compulsory_traffic(problem, direction).by_array.items():
+        moved = counted.get(array, ArrayTraffic())
+        assert moved.hbm_read_bytes >= least.hbm_read_bytes, array
+        assert moved.hbm_write_bytes >= least.hbm_write_bytes, array
 
 
 # 2. The numbers are right

@@ -17,6 +17,7 @@ from simattn.algorithms.dilated_window import DilatedWindowProblem, PlacedVisibi
 from simattn.algorithms.overlapped_window import OverlappedWindowProblem
 from simattn.algorithms.sliding_window import SlidingWindowProblem
 from simattn.algorithms.windows import receptive_field
+from simattn.bounds import compulsory_traffic
 from simattn.cli import main
 from simattn.kv_cache import CacheShape
 from simattn.masks import all_rows
@@ -27,6 +28,7 @@ from simattn.testing import (
     reference_attention,
     reference_attention_backward,
 )
+from simattn.traffic import ArrayTraffic
 
 FAMILY = ("sliding_window", "dilated_window", "overlapped_window")
 CALLS = {"forward": simattn.run, "backward": simattn.run_backward, "decode": simattn.run_decode}
@@ -318,6 +320,31 @@ def test_global_tokens_by_hand():
     assert scattered.by_array["q"].hbm_read_bytes == scattered.by_array["out"].hbm_write_bytes == 4 * d * (length + 2)
 
 
+@given(data=st.data())
+@pytest.mark.parametrize("direction", ["forward", "backward", "decode"])
+def test_compulsory_rows_are_those_of_the_masks(direction, data):
+    problem = data.draw(problems_of(ALGORITHMS["dilated_window"], direction))
+    given_tokens = problem.global_tokens
+    tokens = range(given_tokens) if isinstance(given_tokens, int) else given_tokens
+    apart = np.isin(np.arange(problem.first_position, problem.kv_len), tokens) & (problem.global_projections == "own")
+    masks = np.array([problem.seen()[head % len(problem.seen())] for head in range(problem.heads)])
+    moved = compulsory_traffic(problem, direction).by_array
+    for ending, rows in (("", ~apart), ("_global", apart)):
+        for name, seen in (("k", masks[:: problem.group_size, rows].any(axis=1)), ("q", masks[:, rows].any(axis=2))):
+            least = moved.get(f"{name}{ending}", ArrayTraffic()).hbm_read_bytes
+            assert least == problem.batch * problem.head_dim * problem.item_bytes * seen.sum(), name
+    if direction == "backward" and problem.batch * problem.q_len:
+        size = problem.batch * problem.q_len * problem.heads * problem.value_dim * problem.item_bytes
+        assert moved["dout"].hbm_read_bytes == size
+
+
+def test_a_dilated_step_must_read_every_other_key():
+    problem = DilatedWindowProblem(q_len=1, kv_len=100, head_dim=8, dtype="float32", window=(60, 0), dilation=2)
+    assert compulsory_traffic(problem, "decode").by_array["k"].hbm_read_bytes == 4 * 8 * 50
+    wide = replace(problem, global_tokens=(1, 2, 3))  # the window holds token 1 and 3
+    assert compulsory_traffic(wide, "decode").by_array["k"].hbm_read_bytes == 4 * 8 * 51
+
+
 # 3. Rolling caches
 
 
@@ -535,6 +562,7 @@ WHOLE = simattn.BlockMask.from_array(np.ones((1, 1), bool), q_block=8, kv_block=
         (DILATED, {"global_tokens": (3, 8)}, ValueError, r"global_tokens\[1\]=8: expected positions .* below kv_len=8"),
         (DILATED, {"global_tokens": (-1, 3)}, ValueError, r"global_tokens\[0\]=-1: expected positions from 0"),
         (DILATED, {"global_tokens": (0.5,)}, TypeError, "global_tokens has shape .* float64: expected a row of"),
+        (DILATED, {"global_tokens": ((1,), (2, 3))}, TypeError, r"global_tokens=\(\(1,\), \(2, 3\)\): expected a row"),
         (DILATED, {"global_tokens": ((1, 2),)}, TypeError, r"global_tokens has shape \(1, 2\) .*: expected a row"),
         (DILATED, {"global_projections": "none"}, ValueError, "global_projections='none': expected one of"),
         (DILATED, {"direction": "decode"}, ValueError, "q_len=8 with direction='decode': expected 1"),
