@@ -542,10 +542,7 @@ class ChoosingRows(Visibility):
         )
         return whole, clipped
 
-    def visits(self, rows: Rows, column_tile: int) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
-        """Walk the tiles of query rows that a run of equal blocks visits, ascending."""
+    def tiles_seen(self, rows: Rows, column_tile: int) -> npt.NDArray[np.intp]:
+        """Return the tiles of query rows that the first of a run of blocks visits, ascending."""
         lists = self.chosen.lists(column_tile // self.chosen.packed)
-        for index, blocks in enumerate(lists):
-            seen = blocks[(blocks >= rows.first) & (blocks < rows.first + rows.count)]
-            if len(seen):
-                yield index, (seen - rows.first).astype(np.intp)
+        return np.flatnonzero((lists == rows.first).any(axis=1))
