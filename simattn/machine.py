@@ -534,9 +534,7 @@ class Machine:
             self._state = before
             del self._live[live:]
 
-    def _stacks(
-        self, rows: Rows, per: Heads, width: int, together: bool
-    ) -> Iterator[tuple[tuple[int, int], Rows]]:
+    def _stacks(self, rows: Rows, per: Heads, width: int, together: bool) -> Iterator[tuple[tuple[int, int], Rows]]:
         """Split streams and tiles into stacks of a bounded size; counting takes all at once."""
         streams = self._streams_of(per)
         if self.arithmetic is None:
