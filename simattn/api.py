@@ -629,6 +629,8 @@ class Inputs:
     ) -> dict[str, Values]:
         """Return the arrays as (batch · kv_heads, group or 1, length, columns), one for all as (1, 1, rows, columns).
 
+        They may be views of what callers gave: programs only read their inputs.
+
         Raises
         ------
         ValueError, TypeError
@@ -648,7 +650,9 @@ class Inputs:
             shape = shapes[name]
             self._check(name, shape, problem, arithmetic)
             is_head_minor = shape.given_shape is None and shape.heads != "one"
-            ordered = np.ascontiguousarray(np.moveaxis(array, 2, 1) if is_head_minor else array)
+            ordered = np.moveaxis(array, 2, 1) if is_head_minor else array
+            if direction != "decode":  # a decoding step reads its cache once, so copying would cost more than it saves
+                ordered = np.ascontiguousarray(ordered)
             streams = 1 if shape.heads == "one" else problem.batch * problem.kv_heads
             group = problem.group_size if shape.heads == "query" else 1
             values[name] = ordered.reshape(streams, group, shape.rows, shape.columns)

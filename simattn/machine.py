@@ -143,6 +143,24 @@ class ListedRows(Rows):
     listed: Values | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True)
+class GatheredRows(Rows):
+    """Tiles of an axis that do not follow one another; ``first`` is the first of them.
+
+    Attributes
+    ----------
+    tiles
+        All of them, ascending.
+    """
+
+    tiles: npt.NDArray[np.intp] = field(compare=False, default_factory=lambda: np.arange(0))
+
+    @property
+    def elements(self) -> npt.NDArray[np.intp]:
+        """All rows of all tiles."""
+        return (self.tiles[:, None] * self.tile + np.arange(self.size)).ravel()
+
+
 @dataclass(eq=False)
 class RowLists:
     """Lists of rows, of any lengths: one for every stream and query head.
@@ -324,7 +342,13 @@ class Machine:
     # Loops
 
     def thread_blocks(
-        self, length: int | None = None, tile: int = 1, *, per: Heads = "query", width: int = 1
+        self,
+        length: int | None = None,
+        tile: int = 1,
+        *,
+        per: Heads = "query",
+        width: int = 1,
+        together: bool = True,
     ) -> Iterator[Rows]:
         """Run a thread block for every head, and for every tile of an axis if ``length`` is given.
 
@@ -341,10 +365,12 @@ class Machine:
             A block for every query head, for every KV head, or one for all.
         width
             Columns of the widest tile of the block, which bounds how many blocks are simulated together.
+        together
+            Whether the blocks of a head are simulated together at all, and not the iterations of their inner loop.
         """
         whole = (Rows(1, 1, 0, 1),) if length is None else all_rows(length, tile)
         for rows in whole:
-            for streams, part in self._stacks(rows, per, width):
+            for streams, part in self._stacks(rows, per, width, together):
                 executions = (streams[1] - streams[0]) * self._group_of(per) * part.count
                 if executions:
                     with self._loop(
@@ -376,7 +402,8 @@ class Machine:
         tile
             Rows of a tile.
         independent
-            Whether the iterations touch no common data, so that they may be simulated together.
+            Whether the iterations touch no common data, except that matrix products add to tiles made before the loop:
+            such iterations of one thread block are simulated together.
         width
             As for :meth:`thread_blocks`.
         descending
@@ -385,7 +412,7 @@ class Machine:
         if isinstance(span, VisibleRows):
             if self.arithmetic is None:
                 yield from self._count_visible(span, tile)
-            elif self._state.stack is span.seen_by:
+            elif self._state.stack is span.seen_by and not independent:
                 yield from self._walk_selected(span, tile)
             else:
                 yield from self._walk_visible(span, tile, independent, width)
@@ -507,20 +534,20 @@ class Machine:
             self._state = before
             del self._live[live:]
 
-    def _stacks(self, rows: Rows, per: Heads, width: int) -> Iterator[tuple[tuple[int, int], Rows]]:
+    def _stacks(self, rows: Rows, per: Heads, width: int, together: bool) -> Iterator[tuple[tuple[int, int], Rows]]:
         """Split streams and tiles into stacks of a bounded size; counting takes all at once."""
         streams = self._streams_of(per)
         if self.arithmetic is None:
             yield (0, streams), rows
             return
         elements = rows.tile * width * self._group_of(per)
-        tiles = min(rows.count, max(1, STACKED_ELEMENTS // elements))
-        together = max(1, STACKED_ELEMENTS // (elements * tiles)) if tiles == rows.count else 1
-        for first_stream in range(0, streams, together):
+        tiles = min(rows.count, max(1, STACKED_ELEMENTS // elements)) if together else 1
+        at_once = max(1, STACKED_ELEMENTS // (elements * tiles)) if tiles == rows.count else 1
+        for first_stream in range(0, streams, at_once):
             for first in range(rows.first, rows.first + rows.count, tiles):
                 count = min(tiles, rows.first + rows.count - first)
                 yield (
-                    (first_stream, min(streams, first_stream + together)),
+                    (first_stream, min(streams, first_stream + at_once)),
                     Rows(rows.length, rows.tile, first, count),
                 )
 
@@ -547,26 +574,24 @@ class Machine:
     def _walk_visible(self, span: VisibleRows, tile: int, independent: bool, width: int) -> Iterator[Rows]:
         """Walk the tiles that one tile of an enclosing loop sees."""
         rows, visibility = span.seen_by, span.visibility
-        low, high = visibility.column_tiles(rows, rows.first, tile)
-        seen = [i for i in range(low, high) if visibility.tile_is_stored(rows.first * rows.tile, i * tile)]
+        seen = visibility.tiles_seen(rows, tile)
         if not independent:
-            for index in seen:
+            for index in seen.tolist():
                 with self._loop():
                     yield Rows(visibility.columns, tile, index, 1)
             return
-        most = max(1, STACKED_ELEMENTS // (tile * width))
-        for first, stop in _runs(seen):
-            for run in Rows(visibility.columns, tile, 0, 0).runs(first, stop):
-                for start in range(run.first, run.first + run.count, most):
-                    count = min(most, run.first + run.count - start)
-                    part = Rows(visibility.columns, tile, start, count)
-                    with self._loop(
-                        executions=self._state.executions * count,
-                        stack=part,
-                        stack_level=self._state.level + 1,
-                        selection=None,
-                    ):
-                        yield part
+        assert rows.count == 1
+        most, full = max(1, STACKED_ELEMENTS // (tile * width)), visibility.columns // tile
+        for alike in (seen[seen < full], seen[seen >= full]):
+            for start in range(0, len(alike), most):
+                part = _rows_of_tiles(visibility.columns, tile, alike[start : start + most])
+                with self._loop(
+                    executions=self._state.executions * part.count,
+                    stack=part,
+                    stack_level=self._state.level + 1,
+                    selection=None,
+                ):
+                    yield part
 
     # Tiles
 
@@ -768,7 +793,9 @@ class Machine:
         values = array.values if array.heads == "one" else array.values[state.streams[0] : state.streams[1]]
         if array.heads == "query" and state.group is not None:
             values = values[:, state.group : state.group + 1]
-        if rows is not None:
+        if isinstance(rows, GatheredRows):
+            values = values[:, :, rows.elements]
+        elif rows is not None:
             values = values[:, :, rows.start : rows.stop]
         if columns is not None:
             values = values[..., columns.start : columns.stop]
@@ -810,11 +837,21 @@ class Machine:
             stream, head, listed = self._listed(array, rows)
             array.values[stream, head, listed] = values.reshape(len(listed), array.columns)
             return
+        if isinstance(rows, GatheredRows):
+            self._scatter(array, rows, columns, values)
+            return
         view = self._stacked_view(array, rows, columns)
         if self._state.selection is not None and self._is_stacked(rows, columns):
             view[:, self._state.selection] = values
         else:
             view[...] = values
+
+    def _scatter(self, array: Array, rows: GatheredRows, columns: Rows | None, values: Values) -> None:
+        """Set rows that do not follow one another, of which no view can be taken."""
+        assert array.values is not None
+        view = self._stacked_view(array, None, columns)[:, 0]
+        streams, group, _, width = view.shape
+        view[:, :, rows.elements] = values.swapaxes(1, 2).reshape(streams, group, -1, width)
 
     def _is_selected(self, tile: Tile) -> bool:
         state = self._state
@@ -886,6 +923,8 @@ class Machine:
         """Return the tiles of a run that the present thread blocks of a simulation are at."""
         if rows is not self._state.stack:
             return np.array([rows.first])
+        if isinstance(rows, GatheredRows):
+            return rows.tiles
         members = np.arange(rows.count)
         if self._state.selection is not None:
             members = members[self._state.selection]
@@ -962,7 +1001,8 @@ class Machine:
         hidden
             The (query, key) elements that ``a`` hides: they contribute nothing even where ``b`` is NaN or Inf.
         into
-            The tile to add to.
+            The tile to add to. One that was made outside the loop whose iterations are simulated together has the
+            products of all of them added, in their order.
         """
         rows, contracted = (a.columns, a.rows) if transpose_a else (a.rows, a.columns)
         columns = b.rows if transpose_b else b.columns
@@ -984,6 +1024,8 @@ class Machine:
             if transpose_b:
                 right = right.swapaxes(-1, -2)
             arithmetic, masked = self.arithmetic, hidden or {}
+            if into is not None and into.level < self._state.stack_level:
+                left, right, masked = _side_by_side(left, right, masked)
             if into is None:
                 tile.values = arithmetic.product(left, right, masked)
             else:
@@ -1245,10 +1287,24 @@ def _slices(parts: list[Values], axis: int) -> list[Values]:
     return [piece for part in parts for piece in np.split(part, part.shape[axis], axis=axis)]
 
 
-def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield the maximal runs of consecutive integers as half-open ranges."""
-    start = 0
-    for position in range(1, len(indices) + 1):
-        if position == len(indices) or indices[position] != indices[position - 1] + 1:
-            yield indices[start], indices[position - 1] + 1
-            start = position
+def _rows_of_tiles(length: int, tile: int, tiles: npt.NDArray[np.intp]) -> Rows:
+    """Return some tiles of an axis, ascending and of equal size."""
+    first, count = int(tiles[0]), len(tiles)
+    if tiles[-1] - first + 1 == count:
+        return Rows(length, tile, first, count)
+    return GatheredRows(length, tile, first, count, tiles)
+
+
+def _side_by_side(left: Values, right: Values, hidden: HiddenElements) -> tuple[Values, Values, HiddenElements]:
+    """Return factors whose product is the sum of a stack's products: the contracted axes one after another."""
+    stack = max(left.shape[1], right.shape[1])
+    left, right = (np.broadcast_to(array, (len(array), stack, *array.shape[2:])) for array in (left, right))
+    streams, _, group, rows, contracted = left.shape
+    whole = np.zeros((rows, stack, contracted), dtype=np.bool_)
+    for position, elements in hidden.items():
+        whole[:, position] = elements
+    return (
+        left.transpose(0, 2, 3, 1, 4).reshape(streams, 1, group, rows, stack * contracted),
+        right.swapaxes(1, 2).reshape(len(right), 1, right.shape[2], stack * contracted, right.shape[-1]),
+        {0: whole.reshape(rows, -1)} if hidden else {},
+    )

@@ -312,6 +312,14 @@ class Visibility:
             if len(members):
                 yield index, members
 
+    def tiles_seen(self, rows: Rows, column_tile: int) -> npt.NDArray[np.intp]:
+        """Return the column tiles that the first of a run of row tiles sees, ascending."""
+        tiles = np.arange(*self.column_tiles(rows, rows.first, column_tile), dtype=np.intp)
+        if self.blocks is None:
+            return tiles
+        stored = [self.tile_is_stored(rows.start, int(index) * column_tile) for index in tiles]
+        return tiles[np.array(stored, dtype=np.bool_)]
+
     def tile_is_stored(self, row: int, column: int) -> bool:
         """Say whether the block that holds this row and column is stored."""
         if self.blocks is None:

@@ -12,9 +12,6 @@ from simattn.masks import is_integer
 
 Indices = npt.NDArray[np.int32]
 
-LARGEST_INDEX = int(np.iinfo(np.int32).max)
-"""The largest block index that there is room for."""
-
 
 @dataclass(frozen=True, eq=False)
 class BlockSelection:
@@ -48,16 +45,62 @@ class BlockSelection:
                 f"indices has shape {given.shape} and dtype {given.dtype}: expected integers of shape (batch, heads, "
                 "q_len, blocks chosen)"
             )
-        before, after = given[..., :-1], given[..., 1:]
-        wrong = ~(((before >= 0) & (after > before)) | (after == -1)).all(axis=-1)
-        wrong |= ((given < -1) | (given > LARGEST_INDEX)).any(axis=-1)
-        if wrong.any():
-            row = tuple(int(number) for number in np.argwhere(wrong)[0])
-            raise ValueError(
-                f"indices{list(row)} is {given[row].tolist()}: expected ascending block indices up to {LARGEST_INDEX}, "
-                "then -1 where there are fewer"
-            )
+        from simattn import selection_loops  # loads Numba
+
+        if not np.can_cast(given.dtype, np.int32):
+            for number in (given.min(initial=0), given.max(initial=0)):
+                if not -1 <= number <= np.iinfo(np.int32).max:
+                    raise ValueError(f"indices has {int(number)}: expected block indices below 2**31, or -1")
         object.__setattr__(self, "indices", given.astype(np.int32, copy=False))
+        row = self._first(selection_loops.first_unordered(self.streams))
+        if row is not None:
+            raise ValueError(
+                f"indices{list(row)} is {given[row].tolist()}: expected ascending block indices, then -1 where there "
+                "are fewer"
+            )
+
+    @property
+    def streams(self) -> Indices:
+        """The indices as (batch · heads, q_len, blocks chosen)."""
+        batch, heads, rows, count = self.indices.shape
+        return np.ascontiguousarray(self.indices).reshape(batch * heads, rows, count)
+
+    def first_misfit(self, least: npt.NDArray[np.int64], highest: npt.NDArray[np.int64]) -> tuple[int, int, int] | None:
+        """Return batch entry, head and query of the first row that does not fit its query, or None.
+
+        Parameters
+        ----------
+        least
+            How many blocks each query chooses at least.
+        highest
+            The last block that it may choose.
+        """
+        from simattn import selection_loops
+
+        return self._first(selection_loops.first_misfit(self.streams, least, highest))
+
+    def histograms(self, blocks: int) -> npt.NDArray[np.int64]:
+        """Return how many queries have chosen each of so many blocks, shape (batch, heads, blocks).
+
+        Raises
+        ------
+        ValueError
+            If one has chosen a block beyond these.
+        """
+        from simattn import selection_loops
+
+        counts = selection_loops.histograms(self.streams, blocks)
+        if counts[:, blocks].any():
+            raise ValueError(f"indices name block {int(self.indices.max())}: expected blocks below {blocks}")
+        found: npt.NDArray[np.int64] = counts[:, :blocks].reshape(*self.indices.shape[:2], blocks)
+        return found
+
+    def _first(self, rows: npt.NDArray[np.int64]) -> tuple[int, int, int] | None:
+        """Return batch entry, head and query of the first row of those found in the streams, −1 being none."""
+        found = np.flatnonzero(rows >= 0)
+        if not len(found):
+            return None
+        return (*divmod(int(found[0]), self.indices.shape[1]), int(rows[found[0]]))
 
     def __repr__(self) -> str:
         return f"BlockSelection(indices of shape {self.indices.shape}, block={self.block})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simattn import AttentionProblem, CapacityError, Traffic
+from simattn import AttentionProblem, BlockMask, CapacityError, Traffic
 from simattn.arithmetic.floating import get_arithmetic
 from simattn.machine import Machine
 from simattn.masks import Windows
@@ -169,3 +169,35 @@ def test_rows_that_tiles_share_are_loaded_and_reduced_for_each(arithmetic):
     if arithmetic is not None:
         times = np.array([1, 1, 1, 1, 1, 1, 2, 2, 1, 1])  # the last tile has rows 6–9
         np.testing.assert_array_equal(total.values, values * times[:, None])
+
+
+@pytest.mark.parametrize("blocks", [[(0, 0), (1, 0), (2, 0), (3, 0)], [(0, 0), (2, 0), (3, 0)]])
+@pytest.mark.parametrize("independent", [False, True])
+def test_products_of_tiles_add_up_whether_simulated_together_or_not(arithmetic, blocks, independent):
+    """Products of all tiles that a block sees are added, the clipped one too, whether or not there is a gap between."""
+    mask = BlockMask.from_blocks(blocks, q_block=3, kv_block=10, shape=(4, 1))
+    problem = AttentionProblem(batch=2, heads=2, q_len=10, head_dim=3, dtype="float32", block_mask=mask)
+    machine = Machine(problem, arithmetic=arithmetic)
+    values = values_of("kv")
+    x = machine.array("x", 10, 3, values=values)
+    total = machine.array("total", 10, 3, values=np.zeros((4, 1, 10, 3), np.float32))
+    out = machine.array("out", 3, 3)
+    for key_rows in machine.thread_blocks(10, 10, together=not independent):
+        products = machine.full("products", 3, 3, 0.0, place="registers")
+        for rows in machine.tiles(problem.visible_queries(key_rows), 3, independent=independent):
+            tile = machine.load(x, rows, place="registers")
+            machine.matmul(tile, tile, place="registers", transpose_a=True, into=products)
+            machine.reduce(tile, total, rows)
+        machine.store(products, out)
+    seen = np.repeat([(row, 0) in blocks for row in range(4)], 3)[:10, None]
+    assert machine.traffic == Traffic(
+        {
+            "x": ArrayTraffic(hbm_read_bytes=4 * int(seen.sum()) * 3 * 4),
+            "total": ArrayTraffic(hbm_reduce_bytes=4 * int(seen.sum()) * 3 * 4),
+            "out": ArrayTraffic(hbm_write_bytes=4 * 9 * 4),
+        }
+    )
+    if arithmetic is not None:
+        kept = np.where(seen, values, 0)
+        np.testing.assert_array_equal(total.values, kept)
+        np.testing.assert_array_equal(out.values, kept.swapaxes(-1, -2) @ kept)

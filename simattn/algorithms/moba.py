@@ -92,12 +92,7 @@ class BlockHistogram:
     @classmethod
     def of(cls, selection: BlockSelection, blocks: int) -> BlockHistogram:
         """Count a selection, of so many blocks."""
-        batch, heads = selection.indices.shape[:2]
-        counts = np.zeros((batch, heads, blocks), dtype=np.int64)
-        for entry, head in np.ndindex(batch, heads):
-            chosen = selection.indices[entry, head].ravel()
-            counts[entry, head] = np.bincount(chosen[chosen >= 0], minlength=blocks)
-        return cls(counts, selection.block)
+        return cls(selection.histograms(blocks), selection.block)
 
     @classmethod
     def random(cls, *, batch: int = 1, heads: int, q_len: int, block: int, top_k: int, seed: int) -> BlockHistogram:
@@ -232,10 +227,9 @@ class MobaProblem(AttentionProblem):
                 "min(top_k, blocks) - 1), the block of the query itself left out"
             )
         own = self.positions // self.block_size
-        wrong = (selection.indices >= 0).sum(axis=-1) != np.minimum(self.history, own)
-        wrong |= selection.indices.max(axis=-1, initial=-1) >= own
-        if wrong.any():
-            entry, head, row = (int(number) for number in np.argwhere(wrong)[0])
+        misfit = selection.first_misfit(np.minimum(self.history, own), own - 1)
+        if misfit is not None:
+            entry, head, row = misfit
             raise ValueError(
                 f"selection chooses {selection.indices[entry, head, row].tolist()} for query {row} of head {head} of "
                 f"entry {entry}: expected {min(self.history, int(own[row]))} blocks below its own, {int(own[row])}"

@@ -104,10 +104,10 @@ class CacheProblem(AttentionProblem):
         given |= {"batch": batch, "heads": problem.heads // packed, "q_len": problem.q_len * packed, "kv_len": length}
         return cls(**given, packed_heads=packed, cache_length=length)
 
-    def part(self, cut: Cut, index: int) -> CacheProblem:
-        """Return the problem of one part of the keys."""
+    def part(self, cut: Cut, index: int, times: int = 1) -> CacheProblem:
+        """Return the problem of one part of the keys, or of so many alike, for each of which there is a head more."""
         start, stop = cut.bounds(index)
-        return replace(self, kv_len=stop - start, first_key=start)
+        return replace(self, kv_len=stop - start, first_key=start, heads=self.heads * times)
 
     @cached_property
     def keys_of_queries(self) -> Visibility:
@@ -247,13 +247,14 @@ def attend_in_parts(
         attend(machine, problem, plan, arrays, table)
         return
     partials = Partials.declare(machine, problem, cut.count)
-    runs = cut.alike(problem) if machine.arithmetic is None else ((index, 1) for index in range(cut.count))
-    for index, times in runs:
-        part = problem.part(cut, index)
-        given = partials.of_part(arrays, index, *cut.bounds(index))
+    # Query heads of a group would see the keys of several parts, of which there is no view.
+    at_once = machine.arithmetic is None or problem.group_size == 1
+    for first, times in cut.alike(problem) if at_once else ((index, 1) for index in range(cut.count)):
+        part = problem.part(cut, first, times)
+        given = partials.of_parts(arrays, cut, first, times)
         inner = machine.inside(part, vars(given))
         attend(inner, part, plan, given, table)
-        machine.take_over(inner, times=times)
+        machine.take_over(inner)
     merge(machine, problem, partials, arrays)
 
 
@@ -309,19 +310,30 @@ class Partials:
             count,
         )
 
-    def of_part(self, arrays: ForwardArrays, index: int, start: int, stop: int) -> ForwardArrays:
-        """Return the arrays of one part: its keys and values, and its results."""
+    def of_parts(self, arrays: ForwardArrays, cut: Cut, first: int, times: int) -> ForwardArrays:
+        """Return the arrays of parts that follow one another, as heads of a group: views of their keys and results."""
+        (start, stop), (_, end) = cut.bounds(first), cut.bounds(first + times - 1)
 
-        def columns(array: Array) -> Array:
-            width = array.columns // self.count
-            values = None if array.values is None else array.values[..., index * width : (index + 1) * width]
-            return replace(array, columns=width, values=values)
+        def queries(array: Array) -> Array:
+            return replace(array, values=None if array.values is None else np.repeat(array.values, times, axis=1))
 
         def keys(array: Array) -> Array:
-            values = None if array.values is None else array.values[:, :, start:stop]
-            return replace(array, rows=stop - start, values=values)
+            values, rows = array.values, stop - start
+            if values is not None:
+                streams, group, _, columns = values.shape
+                values = values[:, :, start:end].reshape(streams, group * times, rows, columns)
+            return replace(array, heads="query" if times > 1 else array.heads, rows=rows, values=values)
 
-        return ForwardArrays(arrays.q, keys(arrays.k), keys(arrays.v), columns(self.out), columns(self.lse))
+        def results(array: Array) -> Array:
+            values, width = array.values, array.columns // self.count
+            if values is not None:
+                streams, group, rows, _ = values.shape
+                values = values[..., first * width : (first + times) * width]
+                split = values.reshape(streams, group, rows, times, width)
+                values = split.swapaxes(2, 3).reshape(streams, group * times, rows, width)
+            return replace(array, columns=width, values=values)
+
+        return ForwardArrays(queries(arrays.q), keys(arrays.k), keys(arrays.v), results(self.out), results(self.lse))
 
 
 def declare(machine: Machine, problem: AttentionProblem, k: Array, v: Array, count: int) -> ForwardArrays:

@@ -461,3 +461,22 @@ def test_what_every_implementation_reads():
     whole = NsaProblem(q_len=1000)
     needed = {name: shape.needed_rows for name, shape in whole.inputs("forward").items()}
     assert (needed["k_selected"], needed["k_window"], needed["k"]) == (1000, 1000, 992)
+
+
+@pytest.mark.parametrize("positions", [1, 4])
+def test_a_gradient_that_is_no_number_reaches_only_the_keys_that_its_query_sees(positions):
+    place, blocks = 5, {"selection_block": 8, "selected_blocks": 3, "window_keys": 5}
+    blocks |= {"compression_block": 4, "compression_stride": 2}
+    problem = NsaProblem(q_len=24, head_dim=4, dtype="float32", **blocks)
+    generator = np.random.default_rng(0)
+    inputs = {
+        name: generator.standard_normal(shape.user_shape(problem), dtype=np.float32)
+        for name, shape in problem.inputs("backward").items()
+    }
+    found = []
+    for value in (0, np.nan):
+        inputs["dout"][0, place] = value
+        found.append(simattn.run_backward("nsa", **inputs, **blocks, positions=positions).results)
+    for name in ("dk_selected", "dv_selected", "dk_window", "dv_window"):
+        np.testing.assert_allclose(found[1][name][0, place + 1 :], found[0][name][0, place + 1 :], rtol=1e-5, atol=1e-6)
+        assert np.isnan(found[1][name][0, place]).all()

@@ -20,8 +20,10 @@ import pytest
 
 import simattn
 from simattn import kv_cache
+from simattn.algorithms.nsa import NsaProblem
 from simattn.arithmetic.formats import numpy_dtype
 from simattn.problem import AttentionProblem
+from simattn.selection import BlockSelection
 
 COUNT_BAR_SECONDS = 0.020
 HOPPER_BAR = 1.1e9
@@ -32,6 +34,9 @@ KV_CACHE_BAR_SECONDS = 5.0
 
 OWN_COUNT_BAR_SECONDS = 0.100
 REFERENCE_BAR = 3.0
+SELECTION_BAR_SECONDS = 2.0
+"""Of counting given choices of 32 heads."""
+
 STEP_BAR_SECONDS = 0.050
 """Of a simulated decoding step, whose definition takes less than the calls of a few tiles do."""
 
@@ -208,6 +213,68 @@ def test_simulates_nearly_as_fast_as_its_definition(benchmark: Any, algorithm: s
 
 def _saved(algorithm: str, inputs: dict[str, Any], own: dict[str, Any]) -> Any:
     return simattn.run(algorithm, **{name: array for name, array in inputs.items() if name != "dout"}, **own).saved
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_nsa_trains_nearly_as_fast_as_its_definition(benchmark: Any, group: int) -> None:
+    problem = NsaProblem(heads=group, kv_heads=1, q_len=2048, head_dim=64, dtype="float32")
+    random = np.random.default_rng(0)
+    inputs = {
+        name: random.standard_normal(shape.user_shape(problem), dtype=np.float32)
+        for name, shape in problem.inputs("backward").items()
+    }
+
+    def simulated() -> Any:
+        return simattn.run_backward("nsa", **inputs, saved=_saved("nsa", inputs, {}))
+
+    def defined() -> Any:
+        return simattn.ALGORITHMS["nsa"].reference(problem, inputs)
+
+    _assert_nearly_as_fast(benchmark, simulated, defined)
+
+
+def test_a_step_of_one_sequence_simulates_nearly_as_fast_as_numpy(benchmark: Any) -> None:
+    random = np.random.default_rng(0)
+    q = random.standard_normal((1, 1, 32, 128), dtype=np.float32)
+    k, v = random.standard_normal((2, 1, 2048, 8, 128), dtype=np.float32)
+
+    def grouped() -> Any:
+        scores = q.reshape(8, 4, 128) @ k[0].transpose(1, 2, 0)
+        scores *= np.float32(128**-0.5)
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=-1, keepdims=True)
+        return scores @ v[0].swapaxes(0, 1)
+
+    _assert_nearly_as_fast(benchmark, lambda: simattn.run_decode("split_kv", q, k, v), grouped)
+
+
+def _assert_nearly_as_fast(benchmark: Any, simulated: Callable[[], Any], plain: Callable[[], Any]) -> None:
+    simulated(), plain()
+    for _ in range(3):
+        ours, numpy, ratio = _median_ratio(simulated, plain, rounds=5)
+        if ratio <= REFERENCE_BAR:
+            break
+    benchmark.extra_info.update(simulated_seconds=ours, numpy_seconds=numpy, median_ratio=ratio)
+    benchmark.pedantic(simulated, rounds=1)
+    assert ratio <= REFERENCE_BAR
+
+
+def test_count_of_given_choices_of_a_million_tokens(benchmark: Any) -> None:
+    heads, length, block, chosen = 32, 1 << 20, 4096, 11
+    blocks = length // block
+    random = np.random.default_rng(0)
+    indices = np.full((1, heads, blocks, block, chosen), -1, dtype=np.int32)
+    for own in range(blocks):  # one of each of as many ranges of the blocks before as are chosen
+        edges = np.linspace(0, own, min(own, chosen) + 1).astype(np.int64)
+        indices[0, :, own, :, : min(own, chosen)] = random.integers(
+            edges[:-1], edges[1:], (heads, block, min(own, chosen))
+        )
+    selection = BlockSelection(indices.reshape(1, heads, length, chosen), block)
+    arguments = {**SHAPE, "q_len": length, "selection": selection}
+    simattn.count("moba", **arguments)
+    benchmark.pedantic(simattn.count, args=("moba",), kwargs=arguments, rounds=3)
+    assert benchmark.stats.stats.min <= SELECTION_BAR_SECONDS
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

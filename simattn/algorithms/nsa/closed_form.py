@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from simattn.algorithms.nsa.problem import BRANCHES, NsaProblem, unknown_blocks
 from simattn.arithmetic.formats import STORED_BYTES
 from simattn.plan import Tiles
 from simattn.problem import AttentionProblem
-from simattn.selection import Indices
 from simattn.sums import ceil_div
 from simattn.traffic import ArrayTraffic, Traffic
 
@@ -65,58 +63,19 @@ def selected_visits(problem: NsaProblem, plan: NsaPlan) -> BranchVisits:
         tiles = streams * sum(stop - max(start, begin) for begin in begins if begin < stop)
         clipped = streams * (stop - max(start, (blocks - 1) * problem.selection_block)) if missing else 0
         return BranchVisits(tiles * problem.selection_block - clipped * missing, tiles * problem.group_size, tiles)
-    indices = problem.selection.indices.reshape(streams, problem.q_len, problem.selected_blocks)
+    from simattn.selection_loops import choosing_tiles  # loads Numba
+
     pairs = clipped_keys = clipped_queries = 0
-    for stream in indices:
-        counts = distinct_pairs(stream, plan.positions, blocks)
-        pairs += counts.pairs
-        clipped_keys += counts.of_last_block if missing else 0
-        clipped_queries += counts.of_last_tile
     absent = -problem.q_len % plan.positions
+    for stream in problem.selection.streams:
+        tiles_of_blocks = choosing_tiles(stream, plan.positions, blocks)
+        pairs += int(tiles_of_blocks.sum())
+        clipped_keys += int(tiles_of_blocks[-1:].sum()) if missing else 0
+        last_tile = stream[problem.q_len - plan.positions + absent :]
+        clipped_queries += int(np.count_nonzero(np.unique(last_tile) >= 0))
     rows = pairs * plan.positions - clipped_queries * absent
     keys = pairs * problem.selection_block - clipped_keys * missing
     return BranchVisits(keys, rows * problem.group_size, pairs)
-
-
-class PairCounts(NamedTuple):
-    """Pairs of a tile of positions and a block that one of them has chosen: all, and those at the ends of the axes."""
-
-    pairs: int
-    of_last_block: int
-    of_last_tile: int
-
-
-TABLE_ELEMENTS = 1 << 20
-"""Elements of a table of tiles and blocks: about what a core's cache holds."""
-
-
-def distinct_pairs(stream: Indices, positions: int, blocks: int) -> PairCounts:
-    """Count the pairs, in tables with a mark where a tile has chosen a block.
-
-    Parameters
-    ----------
-    stream
-        Blocks of each position, −1 for none.
-    positions
-        Positions of a tile.
-    blocks
-        How many blocks there are.
-    """
-    if positions == 1:
-        counts = np.bincount(stream.reshape(-1) + 1, minlength=blocks + 1)[1:]
-        of_last_tile = int(np.count_nonzero(stream[-1:] >= 0))
-        return PairCounts(int(counts.sum()), int(counts[-1:].sum()), of_last_tile)
-    pairs = of_last_block = of_last_tile = 0
-    tiles = max(1, TABLE_ELEMENTS // (blocks + 1))
-    for first in range(0, len(stream), tiles * positions):
-        chosen = stream[first : first + tiles * positions]
-        table = np.zeros((ceil_div(len(chosen), positions), blocks + 1), dtype=np.bool_)
-        table[np.arange(len(chosen))[:, None] // positions, chosen] = True
-        table[:, -1] = False  # where −1 has left its mark
-        pairs += int(np.count_nonzero(table))
-        of_last_block += int(np.count_nonzero(table[:, blocks - 1]))
-        of_last_tile = int(np.count_nonzero(table[-1]))
-    return PairCounts(pairs, of_last_block, of_last_tile)
 
 
 def branch_visits(problem: NsaProblem, plan: NsaPlan) -> dict[str, BranchVisits]:

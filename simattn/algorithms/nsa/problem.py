@@ -133,14 +133,12 @@ class NsaProblem(AttentionProblem):
                 "q_len, selected_blocks)"
             )
         last = np.maximum(self.positions // self.selection_block, -1)
-        highest = selection.indices.max(axis=-1, initial=-1)
-        wrong = highest > last
-        if wrong.any():
-            row = tuple(int(number) for number in np.argwhere(wrong)[0])
+        row = selection.first_misfit(np.zeros_like(last), last)
+        if row is not None:
             raise ValueError(
-                f"selection.indices{list(row)} names block {int(highest[row])}, which begins after its query at "
-                f"position {int(self.positions[row[-1]])}: expected blocks of {self.selection_block} keys that begin "
-                "no later"
+                f"selection.indices{list(row)} names block {int(selection.indices[row].max())}, which begins after its "
+                f"query at position {int(self.positions[row[-1]])}: expected blocks of {self.selection_block} keys "
+                "that begin no later"
             )
 
     # Shapes
@@ -435,18 +433,16 @@ class ChosenBlocks(Visibility):
         assert self.indices is not None
         if positions == 1:
             return self.indices
-        if positions in self._lists:
-            return self._lists[positions]
-        missing = -len(self.indices) % positions
-        padded = np.pad(self.indices, ((0, missing), (0, 0)), constant_values=-1)
-        together = np.sort(padded.reshape(-1, positions * padded.shape[1]), axis=1)
-        repeated = together[:, 1:] == together[:, :-1]
-        together[:, 1:][repeated] = -1
-        self._lists[positions] = together
-        return together
+        if positions not in self._lists:
+            self._lists[positions] = _together(self.indices, positions)
+        return self._lists[positions]
 
     @cached_property
     def _lists(self) -> dict[int, Indices]:
+        return {}
+
+    @cached_property
+    def _counted(self) -> dict[tuple[int, range, range], int]:
         return {}
 
     def pairs(self, row_tile: int, rows: range, blocks: range) -> int:
@@ -467,10 +463,10 @@ class ChosenBlocks(Visibility):
         if not rows or not blocks:
             return 0
         if self.indices is not None:
-            found = self.lists(row_tile // self.packed)[rows.start : rows.stop]
-            if blocks.start == 0 and blocks.stop * self.block >= self.columns:
-                return int(np.count_nonzero(found >= 0))
-            return int(np.count_nonzero((found >= blocks.start) & (found < blocks.stop)))
+            key = (row_tile, rows, blocks)
+            if key not in self._counted:
+                self._counted[key] = self._count(row_tile // self.packed, rows, blocks)
+            return self._counted[key]
         if row_tile > self.packed and self.rows > self.packed:
             raise unknown_blocks(row_tile // self.packed)
         first, stop = rows.start + self.shift, rows.stop + self.shift
@@ -479,6 +475,16 @@ class ChosenBlocks(Visibility):
         last = self.columns // self.block
         clipped = max(0, stop - max(first, last * self.block)) if self.columns % self.block else 0
         return (every - clipped if 0 in blocks else 0) + (clipped if last in blocks else 0)
+
+    def _count(self, positions: int, rows: range, blocks: range) -> int:
+        """Count known pairs in lists of as many tiles at a time as a core's cache holds."""
+        assert self.indices is not None
+        pairs, at_once = 0, max(1, CACHED_ELEMENTS // (positions * self.indices.shape[1]))
+        for first in range(rows.start, rows.stop, at_once):
+            stop = min(first + at_once, rows.stop)
+            found = _together(self.indices[first * positions : stop * positions], positions)
+            pairs += int(np.count_nonzero((found >= blocks.start) & (found < blocks.stop)))
+        return pairs
 
     @property
     def full_blocks(self) -> range:
@@ -532,6 +538,21 @@ class ChosenBlocks(Visibility):
         return seen if band is None else seen & band
 
 
+CACHED_ELEMENTS = 1 << 17
+"""Elements of lists of blocks that are made and counted at a time."""
+
+
+def _together(indices: Indices, positions: int) -> Indices:
+    """Return the blocks of each tile of so many positions, (tiles, …), ascending, −1 in place of repeated ones."""
+    if positions == 1:
+        return indices
+    missing = -len(indices) % positions
+    whole = np.pad(indices, ((0, missing), (0, 0)), constant_values=-1) if missing else indices
+    together = np.sort(whole.reshape(-1, positions * whole.shape[1]), axis=1)
+    together[:, 1:][together[:, 1:] == together[:, :-1]] = -1
+    return together
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ChoosingRows(Visibility):
     """For every block of keys, the rows of the positions that have chosen it."""
@@ -547,10 +568,7 @@ class ChoosingRows(Visibility):
         )
         return whole, clipped
 
-    def visits(self, rows: Rows, column_tile: int) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
-        """Walk the tiles of query rows that a run of equal blocks visits, ascending."""
+    def tiles_seen(self, rows: Rows, column_tile: int) -> npt.NDArray[np.intp]:
+        """Return the tiles of query rows that the first of a run of blocks visits, ascending."""
         lists = self.chosen.lists(column_tile // self.chosen.packed)
-        for index, blocks in enumerate(lists):
-            seen = blocks[(blocks >= rows.first) & (blocks < rows.first + rows.count)]
-            if len(seen):
-                yield index, (seen - rows.first).astype(np.intp)
+        return np.flatnonzero((lists == rows.first).any(axis=1))

@@ -307,7 +307,7 @@ def key_gradients(
     """Each thread block keeps one key tile and its gradients on chip and streams the queries that see it past it."""
     arrays, place = machine.arrays, plan.accumulators
     width = max(queries, problem.head_dim, problem.value_dim)
-    for key_rows in machine.thread_blocks(problem.kv_len, keys, per="kv", width=width):
+    for key_rows in machine.thread_blocks(problem.kv_len, keys, per="kv", width=width, together=False):
         # load
         k, v = (machine.load(arrays[name], key_rows) for name in "kv")
         dk = machine.full("dk", key_rows, problem.head_dim, 0.0, place=place)
@@ -315,7 +315,8 @@ def key_gradients(
         if branch == "selected":
             for _ in ("first", "end"):
                 machine.move_element(arrays["block_ends"], "read")
-        for query_rows in machine.tiles(problem.visible_queries(key_rows), queries):
+        seen = problem.visible_queries(key_rows)
+        for query_rows in machine.tiles(seen, queries, independent=True, width=max(keys, width)):
             # load
             if branch == "selected":
                 machine.move_element(arrays["choosing"], "read")
