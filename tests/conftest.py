@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -39,6 +40,21 @@ def _counting(test):
         counted["examples"] += 1
 
     return run
+
+
+def pytest_sessionfinish(session):
+    """Hand what a process of several has counted to the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["counted"] = counted
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Add the examples that another process has counted; each collects all tests."""
+    found = getattr(node, "workeroutput", {}).get("counted")
+    if found is not None:  # else it was lost
+        counted["tests"] = found["tests"]
+        counted["examples"] += found["examples"]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -119,7 +119,7 @@ def main(path: str) -> None:
         "Repeat them, and rewrite this page and `docs/measurements/simulator.json`, by",
         "",
         "```",
-        "python -m pytest tests/benchmarks --benchmark-json=benchmarks.json",
+        "python -m pytest -n0 tests/benchmarks --benchmark-json=benchmarks.json",
         "python tests/benchmarks/summary.py benchmarks.json",
         "```",
         "",

@@ -1,6 +1,6 @@
 """How fast counting, simulating, importing and reporting are.
 
-``python -m pytest tests/benchmarks --benchmark-json=FILE`` writes the measurements. Every bar is a ratio of two
+``python -m pytest -n0 tests/benchmarks --benchmark-json=FILE`` writes the measurements. Every bar is a ratio of two
 medians taken in turn in one process, or a bar far above what is measured, so that a busy machine does not decide.
 """
 
