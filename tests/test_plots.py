@@ -210,7 +210,9 @@ def test_colours_belong_to_the_algorithm(axes):
     for name in ("flash3", "standard"):
         assert line(axes, name).get_color() == plots.algorithm_style(name)["color"]
     colours = [plots.algorithm_style(name)["color"] for name in simattn.ALGORITHMS]
-    assert len(set(colours)) == len(colours)
+    assert len(set(colours)) == min(len(colours), len(plots.PALETTE))
+    styles = [tuple(plots.algorithm_style(name).values()) for name in simattn.ALGORITHMS]
+    assert len(set(styles)) == len(styles)
 
 
 def test_arrays_keep_their_colours_between_pictures():
