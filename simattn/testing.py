@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
+from simattn import definition
 from simattn.algorithms.algorithm import Algorithm
 from simattn.arithmetic.formats import numpy_dtype
 from simattn.masks import BlockMask
@@ -427,8 +428,8 @@ def reference_attention(
     lse
         Float64, natural log-sum-exp, shape (batch, heads, q_len).
     """
-    dense = _Dense(problem, (q, k, v), (q_descale, k_descale, v_descale))
-    return np.moveaxis(dense.out, 1, 2), dense.lse
+    dense = _dense(problem, {"q": q, "k": k, "v": v}, {"q": q_descale, "k": k_descale, "v": v_descale})
+    return dense["out"], dense["lse"]
 
 
 def reference_attention_backward(
@@ -443,7 +444,8 @@ def reference_attention_backward(
     q, k, v, dout
         Arrays as :func:`attention_inputs` draws them.
     """
-    return _Dense(problem, (q, k, v)).gradients(dout)
+    dense = _dense(problem, {"q": q, "k": k, "v": v, "dout": dout}, {})
+    return dense["dq"], dense["dk"], dense["dv"]
 
 
 def low_precision_attention(
@@ -474,9 +476,9 @@ def low_precision_attention(
         Float32, shape (batch, heads, q_len).
     """
     stored = numpy_dtype(problem.output_dtype)
-    descales = (q_descale, k_descale, v_descale)
-    dense = _Dense(problem, (q, k, v), descales, stored)
-    return np.moveaxis(dense.out, 1, 2).astype(stored), dense.lse
+    descales = {"q": q_descale, "k": k_descale, "v": v_descale}
+    dense = _dense(problem, {"q": q, "k": k, "v": v}, descales, stored)
+    return dense["out"].astype(stored), dense["lse"]
 
 
 def low_precision_attention_backward(
@@ -490,82 +492,28 @@ def low_precision_attention_backward(
         As for :func:`reference_attention_backward`.
     """
     stored = numpy_dtype(problem.dtype)
-    dq, dk, dv = _Dense(problem, (q, k, v), stored=stored).gradients(dout)
-    return dq.astype(stored), dk.astype(stored), dv.astype(stored)
+    dense = _dense(problem, {"q": q, "k": k, "v": v, "dout": dout}, {}, stored)
+    return dense["dq"].astype(stored), dense["dk"].astype(stored), dense["dv"].astype(stored)
 
 
-class _Dense:
-    """Attention as written in a textbook: whole matrices of shape (batch, heads, rows, columns).
-
-    In float64, or in float32 with every matrix rounded to a storage format, if one is given.
-    """
-
-    def __init__(
-        self,
-        problem: AttentionProblem,
-        inputs: Sequence[npt.ArrayLike],
-        descales: Sequence[npt.ArrayLike | None] = (None, None, None),
-        stored: np.dtype[Any] | None = None,
-    ) -> None:
-        self.problem, self.stored = problem, stored
-        self.precision = np.dtype(np.float64 if stored is None else np.float32)
-        self.seen = problem.visible_elements()
-        self.q, self.k, self.v = map(self._by_head, inputs, descales)
-        with np.errstate(all="ignore"):
-            self._forward()
-
-    def _rounded(self, values: Values) -> Values:
-        return values if self.stored is None else values.astype(self.stored).astype(self.precision)
-
-    def _by_head(self, array: npt.ArrayLike, descale: npt.ArrayLike | None = None) -> Values:
-        """Return (batch, heads, rows, columns), keys and values repeated for every query head."""
-        values = np.moveaxis(np.asarray(array).astype(self.precision), 2, 1)
+def _dense(
+    problem: AttentionProblem,
+    inputs: Mapping[str, npt.ArrayLike],
+    descales: Mapping[str, npt.ArrayLike | None],
+    stored: np.dtype[Any] | None = None,
+) -> dict[str, Values]:
+    """Return what the definition gives in float64, or in float32 with every matrix rounded to a storage format."""
+    precision = np.dtype(np.float64 if stored is None else np.float32)
+    wide = {name: np.asarray(array).astype(precision) for name, array in inputs.items()}
+    for name, descale in descales.items():
         if descale is not None:
-            factors = np.asarray(descale).astype(self.precision)
-            factors = np.repeat(factors, values.shape[1] // self.problem.kv_heads, axis=1)
-            values = values * factors[:, :, None, None]
-        return np.repeat(values, self.problem.heads // values.shape[1], axis=1)
+            factors = np.repeat(np.asarray(descale), wide[name].shape[2] // problem.kv_heads, axis=1)
+            wide[name] = wide[name] * factors.astype(precision)[:, None, :, None]
 
-    def _forward(self) -> None:
-        scores = self._rounded(self.precision.type(self.problem.scale) * (self.q @ self.k.swapaxes(-1, -2)))
-        scores = np.where(self.seen, scores, self.precision.type(-np.inf))
-        maximum = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-        shift = np.where(maximum == -np.inf, self.precision.type(0), maximum)
-        weights = np.exp(scores - shift)
-        total = np.where(self.seen, weights, 0).sum(axis=-1, keepdims=True)
-        probabilities = np.where(self.seen, weights / np.where(total == 0, 1, total), 0)
-        self.probabilities = self._rounded(probabilities.astype(self.precision))
-        self.lse = (shift + np.log(total))[..., 0]
-        self.out = self._rounded(_visible_product(self.probabilities, self.v, self.seen))
+    def rounded(values: Values) -> Values:
+        return values if stored is None else values.astype(stored).astype(precision)
 
-    def gradients(self, dout: npt.ArrayLike) -> tuple[Values, Values, Values]:
-        """Return dq, dk, dv, shaped like the inputs."""
-        gradient, scale = self._by_head(dout), self.precision.type(self.problem.scale)
-        with np.errstate(all="ignore"):
-            dprobabilities = self._rounded(gradient @ self.v.swapaxes(-1, -2))
-            delta = (gradient * self.out).sum(axis=-1, keepdims=True)
-            dscores = self._rounded(np.where(self.seen, self.probabilities * (dprobabilities - delta), 0))
-            dq = scale * _visible_product(dscores, self.k, self.seen)
-            dk = scale * _visible_product(dscores.swapaxes(-1, -2), self.q, self.seen.T)
-            dv = _visible_product(self.probabilities.swapaxes(-1, -2), gradient, self.seen.T)
-        return np.moveaxis(dq, 1, 2), self._by_kv_head(dk), self._by_kv_head(dv)
-
-    def _by_kv_head(self, gradient: Values) -> Values:
-        """Sum over the query heads of each KV head."""
-        problem = self.problem
-        grouped = gradient.reshape(problem.batch, problem.kv_heads, problem.group_size, *gradient.shape[2:])
-        return np.moveaxis(grouped.sum(axis=2), 1, 2)
-
-
-def _visible_product(weights: Values, values: Values, seen: npt.NDArray[np.bool_]) -> Values:
-    """Return weights @ values, where what a row does not see adds nothing, whatever it holds."""
-    if np.isfinite(values).all():
-        return weights @ values
-    product = np.zeros((*weights.shape[:-1], values.shape[-1]), dtype=values.dtype)
-    for row, columns in enumerate(seen):
-        visible = weights[..., row, :][..., None, columns] @ values[..., columns, :]
-        product[..., row, :] = visible[..., 0, :]
-    return product
+    return definition.one_softmax(problem, wide, problem.visible_elements(), rounded)
 
 
 # Comparisons

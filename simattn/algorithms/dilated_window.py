@@ -8,7 +8,7 @@ run as FlashAttention-2 on strided rows, with the global keys in the same softma
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -28,21 +28,18 @@ from simattn.algorithms.windows import (
     Where,
     WindowProblem,
     attend_packed,
-    attended,
-    by_head,
     checked_sides,
     declare_sums,
     delta_traffic,
     finish_sums,
     handed_in_traffic,
     heads_of,
-    of_kv_heads,
     part_of,
     put_back,
     put_heads_back,
     sums_traffic,
-    window_reference,
 )
+from simattn.definition import Rounding, attended, by_kv_head, by_query_head, exact, one_softmax
 from simattn.machine import Array, Machine
 from simattn.masks import Rows, Visibility, is_integer
 from simattn.plan import check_choice
@@ -767,9 +764,7 @@ def seen_by_the_last(problem: DilatedWindowProblem) -> int:
 
 
 def reference(
-    problem: DilatedWindowProblem,
-    inputs: Mapping[str, Values],
-    rounded: Callable[[Values], Values] = lambda values: values,
+    problem: DilatedWindowProblem, inputs: Mapping[str, Values], rounded: Rounding = exact
 ) -> dict[str, Values]:
     """Compute whole matrices of scores: one softmax for each row, each pair of a query and a key once.
 
@@ -777,19 +772,19 @@ def reference(
     """
     counts = problem.seen().astype(np.int64)
     if not problem.has_own_projections:
-        return window_reference(problem, inputs, counts, rounded)
+        return one_softmax(problem, inputs, counts, rounded)
     rows = np.concatenate([np.arange(problem.first_global_rows), problem.later_global_rows])
     local = counts.copy()
     local[:, rows] = 0
-    results = window_reference(problem, inputs, local, rounded)
-    q, k, v = (by_head(problem, inputs[f"{name}_global"]) for name in "qkv")
-    dout = by_head(problem, inputs["dout"])[:, :, rows] if "dout" in inputs else None
+    results = one_softmax(problem, inputs, local, rounded)
+    q, k, v = (by_query_head(problem, inputs[f"{name}_global"]) for name in "qkv")
+    dout = by_query_head(problem, inputs["dout"])[:, :, rows] if "dout" in inputs else None
     found = attended(q, k, v, counts[:, rows], problem.scale, dout=dout, rounded=rounded)
     results["out"][:, rows] = np.moveaxis(found.out, 1, 2)
     results["lse"][:, :, rows] = found.lse
     if found.dq is not None and found.dk is not None and found.dv is not None:
         results["dq_global"] = np.moveaxis(found.dq, 1, 2)
-        results |= {"dk_global": of_kv_heads(problem, found.dk), "dv_global": of_kv_heads(problem, found.dv)}
+        results |= {"dk_global": by_kv_head(problem, found.dk), "dv_global": by_kv_head(problem, found.dv)}
     return results
 
 

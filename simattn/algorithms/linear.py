@@ -16,6 +16,7 @@ import numpy.typing as npt
 from simattn.algorithms import forms
 from simattn.algorithms.algorithm import Algorithm
 from simattn.algorithms.kernels import GroupedGradient, copied_out, declare_gradients, left_copied_out
+from simattn.definition import Rounding, by_kv_head, by_query_head, exact, seen_product
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Place, Tile
 from simattn.masks import Rows
@@ -588,9 +589,7 @@ def declare_saved(machine: Machine, problem: RecurrentProblem, plan: Plan) -> No
 # Reference
 
 
-def reference(
-    problem: RecurrentProblem, inputs: Mapping[str, Values], rounded: Callable[[Values], Values] = lambda values: values
-) -> dict[str, Values]:
+def reference(problem: RecurrentProblem, inputs: Mapping[str, Values], rounded: Rounding = exact) -> dict[str, Values]:
     """Compute whole matrices of weights, as the definition has them.
 
     Parameters
@@ -610,14 +609,14 @@ def reference(
     """
     if "state" in inputs:
         problem = problem.of_new_rows()
-    q, k, v = (_by_head(problem, inputs[name]) for name in "qkv")
+    q, k, v = (by_query_head(problem, inputs[name]) for name in "qkv")
     left = _decayed_mask(problem).astype(q.dtype)
     seen = np.broadcast_to(problem.visible_elements(), left.shape)
     queries, keys = problem.map.of(q), problem.map.of(k)
     with np.errstate(all="ignore"):  # NaN and Inf are propagated as IEEE says, not reported
         weights = np.where(seen, rounded(queries @ keys.swapaxes(-1, -2)) * left, 0).astype(q.dtype)
         totals = weights.sum(axis=-1, keepdims=True) if problem.divides else np.ones((*weights.shape[:-1], 1), q.dtype)
-        products = _seen_product(weights, v, seen[0])
+        products = seen_product(weights, v, seen[0])
         results = {}
         if "state" in inputs:
             earlier = queries * _decayed_rows(problem).astype(q.dtype)
@@ -629,32 +628,15 @@ def reference(
         out = rounded(inverse * products)
         results["out"] = np.moveaxis(out, 1, 2)
         if "dout" in inputs:
-            dout = inverse * _by_head(problem, inputs["dout"])
+            dout = inverse * by_query_head(problem, inputs["dout"])
             dtotals = -(dout * out).sum(axis=-1, keepdims=True) if problem.divides else 0
             dweights = np.where(seen, rounded(dout @ v.swapaxes(-1, -2) + dtotals) * left, 0).astype(q.dtype)
-            dq = _seen_product(dweights, keys, seen[0]) * problem.map.slope(q)
+            dq = seen_product(dweights, keys, seen[0]) * problem.map.slope(q)
             results["dq"] = np.moveaxis(dq, 1, 2)
-            dk = _seen_product(dweights.swapaxes(-1, -2), queries, seen[0].T) * problem.map.slope(k)
-            for name, gradient in (("dk", dk), ("dv", _seen_product(weights.swapaxes(-1, -2), dout, seen[0].T))):
-                grouped = gradient.reshape(problem.batch, problem.kv_heads, problem.group_size, *gradient.shape[2:])
-                results[name] = np.moveaxis(grouped.sum(axis=2), 1, 2)
+            dk = seen_product(dweights.swapaxes(-1, -2), queries, seen[0].T) * problem.map.slope(k)
+            dv = seen_product(weights.swapaxes(-1, -2), dout, seen[0].T)
+            results |= {"dk": by_kv_head(problem, dk), "dv": by_kv_head(problem, dv)}
     return results
-
-
-def _seen_product(weights: Values, values: Values, seen: npt.NDArray[np.bool_]) -> Values:
-    """Return weights @ values, where what a row does not see adds nothing, whatever it holds."""
-    if np.isfinite(values).all():
-        return weights @ values
-    product = np.zeros((*weights.shape[:-1], values.shape[-1]), dtype=values.dtype)
-    for row, columns in enumerate(seen):
-        product[..., row, :] = (weights[..., row, :][..., None, columns] @ values[..., columns, :])[..., 0, :]
-    return product
-
-
-def _by_head(problem: RecurrentProblem, array: Values) -> Values:
-    """Return (batch, query heads, rows, columns)."""
-    values = np.moveaxis(array, 2, 1)
-    return np.repeat(values, problem.heads // values.shape[1], axis=1)
 
 
 def _of_every_head(problem: RecurrentProblem, state: Values) -> Values:

@@ -11,7 +11,7 @@ blocks, attention of the gathered queries of each block to its keys, and a mergi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -39,6 +39,7 @@ from simattn.algorithms.steps import (
     take_partial,
     update_softmax,
 )
+from simattn.definition import Rounding, exact, one_softmax
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, RowLists, Tile
 from simattn.masks import Rows, Visibility
@@ -1025,67 +1026,12 @@ def seen_elements(problem: MobaProblem, inputs: Mapping[str, Values]) -> npt.NDA
     return seen & causal
 
 
-def reference(
-    problem: MobaProblem, inputs: Mapping[str, Values], rounded: Callable[[Values], Values] = lambda values: values
-) -> dict[str, Values]:
+def reference(problem: MobaProblem, inputs: Mapping[str, Values], rounded: Rounding = exact) -> dict[str, Values]:
     """Compute one softmax over all keys that a query sees, as the definition has it.
 
-    Parameters
-    ----------
-    problem
-        The problem.
-    inputs
-        ``q``, ``k``, ``v``, for the gradients ``dout``, and for a decoding step ``block_means``, (batch, length, heads,
-        columns), in the precision to compute in: float64 for the oracle.
-    rounded
-        What scores, probabilities, outputs and their gradients go through, such as a rounding to a storage format.
-
-    Returns
-    -------
-    dict
-        ``out``, the log-sum-exp ``lse`` (batch, query heads, q_len) and, with ``dout``, ``dq``, ``dk`` and ``dv``.
+    Arguments are those of every algorithm's reference, in a decoding step ``block_means`` among the inputs.
     """
-    seen = seen_elements(problem, inputs)
-    q, k, v = (_by_head(problem, inputs[name]) for name in "qkv")
-    scale, low = q.dtype.type(problem.scale), q.dtype.type(-np.inf)
-    with np.errstate(all="ignore"):  # NaN and Inf are propagated as IEEE says, not reported
-        scores = np.where(seen, rounded(scale * (q @ k.swapaxes(-1, -2))), low)
-        highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-        shift = np.where(highest == -np.inf, q.dtype.type(0), highest)
-        weights = np.where(seen, np.exp(scores - shift), 0)
-        total = weights.sum(axis=-1, keepdims=True)
-        probabilities = rounded((weights / np.where(total == 0, 1, total)).astype(q.dtype))
-        out = rounded(_seen_product(probabilities, v, seen))
-        results = {"out": np.moveaxis(out, 1, 2), "lse": (shift + np.log(total))[..., 0]}
-        if "dout" in inputs:
-            dout = _by_head(problem, inputs["dout"])
-            delta = (dout * out).sum(axis=-1, keepdims=True)
-            dprobabilities = rounded(dout @ v.swapaxes(-1, -2))
-            dscores = rounded(np.where(seen, probabilities * (dprobabilities - delta), 0).astype(q.dtype))
-            back = seen.swapaxes(-1, -2)
-            results["dq"] = np.moveaxis(scale * _seen_product(dscores, k, seen), 1, 2)
-            dk = scale * _seen_product(dscores.swapaxes(-1, -2), q, back)
-            for name, gradient in (("dk", dk), ("dv", _seen_product(probabilities.swapaxes(-1, -2), dout, back))):
-                grouped = gradient.reshape(problem.batch, problem.kv_heads, problem.group_size, *gradient.shape[2:])
-                results[name] = np.moveaxis(grouped.sum(axis=2), 1, 2)
-    return results
-
-
-def _by_head(problem: MobaProblem, array: Values) -> Values:
-    """Return (batch, query heads, rows, columns)."""
-    values = np.moveaxis(array, 2, 1)
-    return np.repeat(values, problem.heads // values.shape[1], axis=1)
-
-
-def _seen_product(weights: Values, values: Values, seen: npt.NDArray[np.bool_]) -> Values:
-    """Return weights @ values, where what a row does not see adds nothing, whatever it holds."""
-    if np.isfinite(values).all():
-        return weights @ values
-    product = np.zeros((*weights.shape[:-1], values.shape[-1]), dtype=values.dtype)
-    for row in np.ndindex(weights.shape[:-1]):
-        columns = seen[row]
-        product[row] = weights[row][columns] @ values[row[:2]][columns]
-    return product
+    return one_softmax(problem, inputs, seen_elements(problem, inputs), rounded)
 
 
 # Closed form

@@ -30,8 +30,8 @@ from simattn.algorithms.windows import (
     handed_in_traffic,
     part_of,
     sums_traffic,
-    window_reference,
 )
+from simattn.definition import Rounding, exact, one_softmax
 from simattn.machine import Array, Machine
 from simattn.masks import Rows, Visibility, VisibleRows
 from simattn.plan import check_choice
@@ -394,15 +394,13 @@ def backward(machine: Machine, problem: OverlappedWindowProblem, plan: Overlappe
 
 
 def reference(
-    problem: OverlappedWindowProblem,
-    inputs: Mapping[str, Values],
-    rounded: Callable[[Values], Values] = lambda values: values,
+    problem: OverlappedWindowProblem, inputs: Mapping[str, Values], rounded: Rounding = exact
 ) -> dict[str, Values]:
     """Compute whole matrices of scores, each counted as often as windows hold it, or once.
 
     Arguments are those of every algorithm's reference.
     """
-    return window_reference(problem, inputs, problem.counts()[None], rounded)
+    return one_softmax(problem, inputs, problem.counts()[None], rounded)
 
 
 # Closed form

@@ -6,7 +6,7 @@ sequences have lengths of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from simattn.algorithms import parts
 from simattn.algorithms.algorithm import Algorithm
 from simattn.algorithms.parts import CacheProblem, Cut, DecodePlan, DecodeProblem, PageTable
+from simattn.definition import Rounding, exact
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Values
 from simattn.masks import is_integer
@@ -285,9 +286,7 @@ def table_of(problem: PagedProblem, length: int, entries: npt.NDArray[np.intp] |
 # Reference
 
 
-def reference(
-    problem: PagedProblem, inputs: Mapping[str, Values], rounded: Callable[[Values], Values] = lambda values: values
-) -> dict[str, Values]:
+def reference(problem: PagedProblem, inputs: Mapping[str, Values], rounded: Rounding = exact) -> dict[str, Values]:
     """Compute the attention of each sequence to its keys, laid out in their order.
 
     Parameters

@@ -7,7 +7,7 @@ O = Σ e^(L_s − L) O_s with L = log Σ e^(L_s). A part without a key that a ro
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from simattn.algorithms import forms
 from simattn.algorithms.flash3 import packed_rows, unpacked_rows
 from simattn.algorithms.kernels import ForwardArrays
 from simattn.algorithms.steps import SoftmaxState, finish_softmax, masked_scores, take_partial, update_softmax
+from simattn.definition import Rounding, exact, one_softmax
 from simattn.hardware import Hardware
 from simattn.machine import Array, Machine, Values
 from simattn.masks import Rows, Visibility, all_rows
@@ -374,40 +375,9 @@ def merge(machine: Machine, problem: AttentionProblem, partials: Partials, array
 # Reference
 
 
-def reference(
-    problem: AttentionProblem, inputs: Mapping[str, Values], rounded: Callable[[Values], Values] = lambda values: values
-) -> dict[str, Values]:
-    """Compute attention of whole matrices, as the definition has it, whatever the parts.
-
-    Parameters
-    ----------
-    problem
-        The problem.
-    inputs
-        ``q``, ``k`` and ``v``, (batch, length, heads, columns), in the precision to compute in: float64 for the oracle.
-    rounded
-        What scores, probabilities and outputs go through, such as a rounding to a storage format.
-
-    Returns
-    -------
-    dict
-        ``out``, shape (batch, q_len, heads, value_dim), and the natural log-sum-exp ``lse``, (batch, heads, q_len).
-    """
-    q, k, v = (np.moveaxis(inputs[name], 2, 1) for name in "qkv")
-    k, v = (np.repeat(array, problem.group_size, axis=1) for array in (k, v))
-    seen = problem.visible_elements()
-    with np.errstate(all="ignore"):  # NaN and Inf are propagated as IEEE says, not reported
-        scores = np.where(seen, rounded(q.dtype.type(problem.scale) * (q @ k.swapaxes(-1, -2))), -np.inf)
-        highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-        shift = np.where(highest == -np.inf, 0, highest).astype(q.dtype)
-        weights = np.exp(scores - shift)
-        total = np.where(seen, weights, 0).sum(axis=-1, keepdims=True)
-        shares = rounded(np.where(seen, weights / np.where(total == 0, 1, total), 0).astype(q.dtype))
-        out = np.zeros((*shares.shape[:-1], v.shape[-1]), q.dtype)
-        for row, keys in enumerate(seen):
-            out[..., row, :] = (shares[..., row, :][..., None, keys] @ v[..., keys, :])[..., 0, :]
-        lse = (shift + np.log(total))[..., 0]
-    return {"out": np.moveaxis(rounded(out), 1, 2), "lse": lse}
+def reference(problem: AttentionProblem, inputs: Mapping[str, Values], rounded: Rounding = exact) -> dict[str, Values]:
+    """Compute attention of whole matrices, whatever the parts; arguments as for every algorithm's reference."""
+    return one_softmax(problem, inputs, problem.visible_elements(), rounded)
 
 
 # Closed form

@@ -6,7 +6,7 @@ FLOPs are O(N · W). A model that decodes keeps the last W keys and values, posi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -23,8 +23,8 @@ from simattn.algorithms.windows import (
     attend_packed,
     checked_sides,
     part_of,
-    window_reference,
 )
+from simattn.definition import Rounding, exact, one_softmax
 from simattn.hardware import Hardware
 from simattn.machine import Machine
 from simattn.masks import Visibility
@@ -194,12 +194,10 @@ def filled_cache(problem: SlidingWindowProblem) -> AttentionProblem:
 
 
 def reference(
-    problem: SlidingWindowProblem,
-    inputs: Mapping[str, Values],
-    rounded: Callable[[Values], Values] = lambda values: values,
+    problem: SlidingWindowProblem, inputs: Mapping[str, Values], rounded: Rounding = exact
 ) -> dict[str, Values]:
     """Compute whole matrices of scores, of which a band is seen; arguments as for every algorithm's reference."""
-    return window_reference(problem, inputs, problem.visible_elements()[None].astype(np.int64), rounded)
+    return one_softmax(problem, inputs, problem.visible_elements(), rounded)
 
 
 # Closed form

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,16 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from simattn.algorithms.nsa.problem import BRANCHES, LEARNED, NsaProblem
+from simattn.definition import Rounding, exact, seen_product
 from simattn.selection import Indices
 
 Values = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
-Rounding = Callable[[Values], Values]
-
-
-def exact(values: Values) -> Values:
-    """Return the values as they are."""
-    return values
 
 
 def reference(problem: NsaProblem, inputs: Mapping[str, Values], rounded: Rounding = exact) -> dict[str, Values]:
@@ -252,23 +247,3 @@ class Compression:
         dsource = np.zeros_like(self.source)
         np.add.at(dsource, self.keys_of_blocks, dblocks)
         return {self.name: dsource, **found}
-
-
-def seen_product(weights: Values, values: Values, seen: Mask) -> Values:
-    """Return weights @ values, where what a row does not see adds nothing, whatever it holds.
-
-    Parameters
-    ----------
-    weights
-        Shape (group, rows, columns).
-    values
-        Shape (columns, dim) or (group, columns, dim).
-    seen
-        Shape (rows, columns).
-    """
-    if np.isfinite(values).all():
-        return np.asarray(weights @ values)
-    product = np.zeros((*weights.shape[:-1], values.shape[-1]), dtype=values.dtype)
-    for row, columns in enumerate(seen):
-        product[:, row] = (weights[:, row][:, None, columns] @ values[..., columns, :])[:, 0]
-    return product
