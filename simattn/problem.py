@@ -277,19 +277,14 @@ class AttentionProblem:
             if name in self.own_inputs
         }
 
-    def of_one_row(self) -> AttentionProblem:
-        """Return a problem of one row and one KV head with the same tiles on chip."""
-        return replace(
-            self,
-            batch=1,
-            heads=self.group_size,
-            kv_heads=1,
-            q_len=1,
-            kv_len=1,
-            causal=False,
-            window=None,
-            block_mask=None,
-        )
+    def of_one_row(self, **own: Any) -> AttentionProblem:
+        """Return a problem of one row and one KV head with the same tiles on chip.
+
+        ``own`` are values of fields in place of the usual ones, for classes that need or add them.
+        """
+        usual = {"batch": 1, "heads": self.group_size, "kv_heads": 1, "q_len": 1, "kv_len": 1}
+        unmasked = {"causal": False, "window": None, "block_mask": None}
+        return replace(self, **{**usual, **unmasked, **own})
 
     @cached_property
     def keys_of_queries(self) -> Visibility:

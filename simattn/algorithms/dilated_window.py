@@ -177,21 +177,9 @@ class DilatedWindowProblem(WindowProblem):
         """Return those of any problem with a window, by default Longformer's: 512 keys beside the own one."""
         return super().usual_arguments(direction, length, window or (256, 256))
 
-    def of_one_row(self) -> AttentionProblem:
+    def of_one_row(self, **own: Any) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip."""
-        return replace(
-            self,
-            batch=1,
-            heads=self.group_size,
-            kv_heads=1,
-            q_len=1,
-            kv_len=1,
-            causal=False,
-            window=(0, 0),
-            dilation=1,
-            global_tokens=0,
-            global_projections="shared",
-        )
+        return super().of_one_row(window=(0, 0), dilation=1, global_tokens=0, global_projections="shared", **own)
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -113,9 +113,9 @@ class Lightning2Problem(linear.RecurrentProblem):
             slopes = CONVENTIONS[slopes](self.heads, self.layer, self.layers)
         return np.exp(-np.asarray(slopes, dtype=np.float64))
 
-    def of_one_row(self) -> AttentionProblem:
+    def of_one_row(self, **own: Any) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip."""
-        return AttentionProblem.of_one_row(replace(self, slopes="alibi"))
+        return super().of_one_row(slopes="alibi", **own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,9 +198,9 @@ class RecurrentProblem(AttentionProblem):
         drawn = super().draw_inputs(direction, generator)
         return {name: 1 + np.abs(array) if name == "state_sum" else array for name, array in drawn.items()}
 
-    def of_one_row(self) -> AttentionProblem:
+    def of_one_row(self, **own: Any) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip, under the same mask."""
-        return replace(super().of_one_row(), causal=self.causal)
+        return super().of_one_row(causal=self.causal, **own)
 
     @property
     def map(self) -> FeatureMap:

@@ -352,19 +352,10 @@ class MobaProblem(AttentionProblem):
         visible = np.arange(self.blocks) < (self.positions // self.block_size)[:, None]
         return BlockSelection(top_blocks(scores, visible, np.zeros((), np.bool_), self.history), self.block_size)
 
-    def of_one_row(self) -> AttentionProblem:
+    def of_one_row(self, **own: Any) -> AttentionProblem:
         """Return a problem of one KV head and as many rows as there are blocks, with the same tiles on chip."""
         rows = 1 if self.full_attention else max(1, self.blocks)
-        return replace(
-            self,
-            batch=1,
-            heads=self.group_size,
-            kv_heads=1,
-            q_len=min(max(1, self.q_len), rows),
-            kv_len=rows,
-            block_size=1,
-            selection=None,
-        )
+        return super().of_one_row(q_len=min(max(1, self.q_len), rows), kv_len=rows, block_size=1, selection=None, **own)
 
 
 @dataclass(frozen=True, kw_only=True)

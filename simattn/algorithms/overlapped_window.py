@@ -100,19 +100,11 @@ class OverlappedWindowProblem(WindowProblem):
         """Return those of any problem, and windows that share half of their tokens with each neighbour."""
         return {**super().usual_arguments(direction, length, window), "window_len": 512, "overlap": 256}
 
-    def of_one_row(self) -> AttentionProblem:
+    def of_one_row(self, **own: Any) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip, or of few if there is a merge."""
         rows, window_len = (3, 2) if self.merges else (1, 1)
-        return replace(
-            self,
-            batch=1,
-            heads=self.group_size,
-            kv_heads=1,
-            q_len=rows,
-            kv_len=rows,
-            window_len=window_len,
-            overlap=window_len - 1,
-        )
+        windows = {"window_len": window_len, "overlap": window_len - 1, "causal": self.causal}
+        return super().of_one_row(q_len=rows, kv_len=rows, **windows, **own)
 
     @property
     def step(self) -> int:

@@ -186,10 +186,9 @@ class PagedProblem(DecodeProblem):
             return rows // self.page_size * self.page_size
         return largest_divisor(self.page_size, rows)
 
-    def of_one_row(self) -> AttentionProblem:
+    def of_one_row(self, **own: Any) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip."""
-        one = replace(self, batch=1, kv_len=1, cache_lengths=1, pages=1, table_columns=1)
-        return replace(one, heads=self.group_size, kv_heads=1, q_len=1, window=None)
+        return super().of_one_row(cache_lengths=1, pages=1, table_columns=1, **own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,19 +108,9 @@ class SlidingWindowProblem(WindowProblem):
         """Keys of the cache that a token has reached."""
         return self.kv_len if self.total_tokens is None else min(self.kv_len, self.total_tokens)
 
-    def of_one_row(self) -> AttentionProblem:
+    def of_one_row(self, **own: Any) -> AttentionProblem:
         """Return a problem of one row and one KV head with the same tiles on chip."""
-        return replace(
-            self,
-            batch=1,
-            heads=self.group_size,
-            kv_heads=1,
-            q_len=1,
-            kv_len=1,
-            causal=False,
-            window=(0, 0),
-            total_tokens=None if self.total_tokens is None else 1,
-        )
+        return super().of_one_row(window=(0, 0), total_tokens=None if self.total_tokens is None else 1, **own)
 
     @cached_property
     def keys_of_queries(self) -> Visibility:

@@ -272,17 +272,9 @@ class NsaProblem(AttentionProblem):
             for name, values in drawn.items()
         }
 
-    def of_one_row(self) -> AttentionProblem:
+    def of_one_row(self, **own: Any) -> AttentionProblem:
         """Return a problem of one row, one KV head and one compressed block with the same tiles on chip."""
-        return replace(
-            self,
-            batch=1,
-            heads=self.group_size,
-            kv_heads=1,
-            q_len=1,
-            kv_len=self.compression_block,
-            selection=None,
-        )
+        return super().of_one_row(kv_len=self.compression_block, selection=None, **own)
 
     # Branches
 
