@@ -743,14 +743,10 @@ class Machine:
         tile = self._tile_like(array.name, rows, 1, "registers")
         self._charge_hbm(array.name, "hbm_read_bytes", tile.nbytes)
 
-    def store_indices(self, array: Array, count: int) -> None:
-        """Store so many indices, each at a place of its own, whose values the program fills in."""
-        self._charge_hbm(array.name, "hbm_write_bytes", count * STORED_BYTES[array.dtype])
-
-    def move_element(self, array: Array, counter: Literal["read", "written", "reduced"]) -> None:
-        """Charge one element whose place follows from data; the program reads and sets such values itself."""
+    def move_elements(self, array: Array, counter: Literal["read", "written", "reduced"], count: int = 1) -> None:
+        """Charge so many elements whose places follow from data; the program reads and sets such values itself."""
         counters = {"read": "hbm_read_bytes", "written": "hbm_write_bytes", "reduced": "hbm_reduce_bytes"}
-        self._charge_hbm(array.name, counters[counter], STORED_BYTES[array.dtype])
+        self._charge_hbm(array.name, counters[counter], count * STORED_BYTES[array.dtype])
 
     def _stored_bytes(self, tile: Tile, array: Array) -> int:
         return tile.rows * tile.columns * STORED_BYTES[array.dtype]

@@ -631,14 +631,14 @@ def list_queries(machine: Machine, problem: MobaProblem, plan: MobaPlan, indices
             # compute
             machine.tally(counters, blocks)
         # finish
-        machine.store_indices(offsets, offsets.rows)
+        machine.move_elements(offsets, "written", offsets.rows)
         for rows in machine.tiles(problem.q_len, plan.tiles.q):
             # load
             blocks = machine.load(indices, rows)
             # compute
             machine.tally(counters, blocks)
         # finish
-        machine.store_indices(lists, lists.rows)
+        machine.move_elements(lists, "written", lists.rows)
     Lists.write(machine, indices)
     return Lists.found(machine, problem)
 

@@ -286,9 +286,9 @@ def invert(machine: Machine, problem: NsaProblem, part: SelectedProblem, plan: N
         for query_rows in machine.thread_blocks(part.q_len, queries, per="kv"):
             machine.load(indices, position_rows(problem, query_rows), place="registers")
             for _ in machine.tiles(part.visible_keys(query_rows), problem.selection_block):
-                machine.move_element(ends, "reduced")
+                machine.move_elements(ends, "reduced")
                 if writes:
-                    machine.move_element(choosing, "written")
+                    machine.move_elements(choosing, "written")
         if not writes:
             for _ in machine.thread_blocks(per="kv", width=plan.tiles.kv):  # one for all, since it carries the sum on
                 for rows in machine.tiles(ends.rows, plan.tiles.kv):
@@ -314,12 +314,12 @@ def key_gradients(
         dv = machine.full("dv", key_rows, problem.value_dim, 0.0, place=place)
         if branch == "selected":
             for _ in ("first", "end"):
-                machine.move_element(arrays["block_ends"], "read")
+                machine.move_elements(arrays["block_ends"], "read")
         seen = problem.visible_queries(key_rows)
         for query_rows in machine.tiles(seen, queries, independent=True, width=max(keys, width)):
             # load
             if branch == "selected":
-                machine.move_element(arrays["choosing"], "read")
+                machine.move_elements(arrays["choosing"], "read")
             q, dout = (machine.load(arrays[name], query_rows) for name in ("q", "dout"))
             gate = machine.load(arrays["gates"], query_rows, gate_column(branch), place="registers")
             statistics = load_statistics(machine, arrays["delta"], query_rows)
