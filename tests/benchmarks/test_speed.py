@@ -263,20 +263,36 @@ def _assert_nearly_as_fast(benchmark: Any, simulated: Callable[[], Any], plain: 
     assert ratio <= REFERENCE_BAR
 
 
-def test_count_of_given_choices_of_a_million_tokens(benchmark: Any) -> None:
-    heads, length, block, chosen = 32, 1 << 20, 4096, 11
-    blocks = length // block
-    random = np.random.default_rng(0)
+def _choices(heads: int, length: int, block: int, chosen: int, *, own: bool) -> BlockSelection:
+    """Choose one block of each of as many ranges of those before a query's own, or with its own, as are chosen."""
+    blocks, random = length // block, np.random.default_rng(0)
     indices = np.full((1, heads, blocks, block, chosen), -1, dtype=np.int32)
-    for own in range(blocks):  # one of each of as many ranges of the blocks before as are chosen
-        edges = np.linspace(0, own, min(own, chosen) + 1).astype(np.int64)
-        indices[0, :, own, :, : min(own, chosen)] = random.integers(
-            edges[:-1], edges[1:], (heads, block, min(own, chosen))
-        )
-    selection = BlockSelection(indices.reshape(1, heads, length, chosen), block)
-    arguments = {**SHAPE, "q_len": length, "selection": selection}
-    simattn.count("moba", **arguments)
-    benchmark.pedantic(simattn.count, args=("moba",), kwargs=arguments, rounds=3)
+    for row in range(blocks):
+        visible = row + own
+        edges = np.linspace(0, visible, min(visible, chosen) + 1).astype(np.int64)
+        indices[0, :, row, :, : len(edges) - 1] = random.integers(edges[:-1], edges[1:], (heads, block, len(edges) - 1))
+    return BlockSelection(indices.reshape(1, heads, length, chosen), block)
+
+
+GIVEN_CHOICES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "moba": ("moba", {"heads": 32, "block": 4096, "chosen": 11, "own": False}, {}),
+    "nsa": ("nsa", {"heads": 4, "block": 64, "chosen": 16, "own": True}, {"kv_heads": 4}),
+    "nsa, four positions": (
+        "nsa",
+        {"heads": 4, "block": 64, "chosen": 16, "own": True},
+        {"kv_heads": 4, "positions": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", GIVEN_CHOICES)
+def test_count_of_given_choices_of_a_million_tokens(benchmark: Any, case: str, direction: str) -> None:
+    algorithm, choices, own = GIVEN_CHOICES[case]
+    selection = _choices(length=1 << 20, **choices)
+    arguments = {**SHAPE, **own, "q_len": 1 << 20, "selection": selection, "direction": direction}
+    assert simattn.count(algorithm, **arguments).global_only() == simattn.closed_form(algorithm, **arguments)
+    benchmark.pedantic(simattn.count, args=(algorithm,), kwargs=arguments, rounds=3)
     assert benchmark.stats.stats.min <= SELECTION_BAR_SECONDS
 
 
